@@ -1,0 +1,255 @@
+"""The memory slots of one object: which frame lies where, and what the next frame reads.
+
+SAM2S (arXiv 2511.16618), "Diverse memory": beside SAM 2's conditioning and recent frames, a few long-term
+memories chosen for being unlike those already kept. Order of the slots in a row:
+
+    0 conditioning · recent (a ring) · long-term (a ring) · corrections (a ring) · staging
+"""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+from trocar_engines.masklets import Float32Array
+from trocar_engines.memory.diversity import CandidateRun
+from trocar_engines.memory.pool import CONDITIONING_POINTERS, RECENT_POINTERS, MemoryPool, SlotReads
+from trocar_engines.network.config import NetworkConfig
+
+EXPLODED = 8.0
+VANISHED = 1 / 8
+"""A mask that grows or shrinks by more than this against its recent area, with a low predicted IoU, is a
+mistake rather than a movement and is not remembered."""
+AREA_MEMORY = 0.9
+"""Share of the past in the running mean of an object's area."""
+
+
+class MemoryPolicy(enum.Enum):
+    """Who is remembered."""
+
+    VANILLA = "vanilla"
+    """SAM 2: conditioning and recent frames, whatever they show."""
+    FIFO = "fifo"
+    """DiveMem as published: long-term memories leave in order of age; bad frames are not remembered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """Sizes and thresholds of a bank.
+
+    Args:
+        policy: who is remembered.
+        recent_slots: most recent frames.
+        long_term_slots: long-term memories (SAM2S: 4).
+        correction_slots: latest corrected frames.
+        candidate_iou: predicted IoU above which a frame may become a long-term memory (SAM2S: 0.95).
+        candidate_run: so many candidates in a row elect one (SAM2S: 5).
+        candidate_interval_s: least time between candidates. As published every frame is one, at 1 to 25
+            frames a second; at 60 four long-term slots would span a third of a second.
+        low_iou: predicted IoU under which a jump in area counts as a mistake.
+    """
+
+    policy: MemoryPolicy = MemoryPolicy.FIFO
+    recent_slots: int = 6
+    long_term_slots: int = 4
+    correction_slots: int = 2
+    candidate_iou: float = 0.95
+    candidate_run: int = 5
+    candidate_interval_s: float = 0.2
+    low_iou: float = 0.5
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row, staging included."""
+        return 1 + self.recent_slots + self.long_term_slots + self.correction_slots + 1
+
+    @property
+    def staging_slot(self) -> int:
+        """Where the best candidate so far waits."""
+        return self.slots - 1
+
+
+@dataclass(kw_only=True)
+class Ring:
+    """A range of slots that is filled in order and then overwrites its oldest.
+
+    Args:
+        first: its first slot.
+        size: how many slots.
+        written: how many were ever written.
+    """
+
+    first: int
+    size: int
+    written: int = 0
+
+    def next_slot(self) -> int:
+        """The slot to write now."""
+        slot = self.first + self.written % self.size
+        self.written += 1
+        return slot
+
+    def filled(self) -> list[int]:
+        """Filled slots, oldest first."""
+        count = min(self.written, self.size)
+        return [self.first + (self.written - count + index) % self.size for index in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameFacts:
+    """What decides whether a frame is remembered.
+
+    Args:
+        time_s: its presentation time.
+        predicted_iou: 0 to 1.
+        is_present: whether the object is in the picture.
+        is_trusted: False after a gap in the video.
+        area: pixels of the mask at its own resolution.
+        summary: float32 [C] globally pooled image features.
+    """
+
+    time_s: float
+    predicted_iou: float
+    is_present: bool
+    is_trusted: bool
+    area: int
+    summary: Float32Array
+
+
+class MemoryBank:
+    """One object's row of the pool and the meaning of its slots.
+
+    Args:
+        pool: owns the tensors.
+        config: sizes and thresholds.
+        network: whose temporal embeddings the slots carry.
+    """
+
+    def __init__(self, pool: MemoryPool, config: BankConfig, network: NetworkConfig) -> None:
+        assert config.slots <= pool.slots, "the pool was built for smaller banks"
+        self.pool, self.config = pool, config
+        self.row = pool.allocate()
+        self.conditioning_time = network.num_maskmem - 1
+        has_own = network.has_long_term_embedding
+        self.long_term_time = network.num_maskmem if has_own else self.conditioning_time
+        self.correction_time = network.num_maskmem + 1 if has_own else self.conditioning_time
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the row stays."""
+        config = self.config
+        self.recent = Ring(first=1, size=config.recent_slots)
+        self.long_term = Ring(first=self.recent.first + config.recent_slots, size=config.long_term_slots)
+        first = self.long_term.first + config.long_term_slots
+        self.corrections = Ring(first=first, size=config.correction_slots)
+        self.frame = 0
+        self.is_conditioned = False
+        self.latest_slot = 0
+        self.holds_absence = False
+        self.area = 0.0
+        self._pointer_frames: dict[int, int] = {}
+        self._recent_pointers = Ring(first=CONDITIONING_POINTERS, size=RECENT_POINTERS)
+        self.run = CandidateRun(self.config.candidate_run, self.config.candidate_interval_s)
+
+    def release(self) -> None:
+        """Give the row back; the bank must not be used again."""
+        self.pool.release(self.row)
+
+    def advance(self) -> None:
+        """Count a frame; ages of pointers and recent memories grow by one."""
+        self.frame += 1
+
+    def reads(self) -> SlotReads:
+        """What the current frame attends to.
+
+        Temporal embeddings follow SAM 2: row `num_maskmem - 1` for conditioning frames, 0 for the latest of
+        the recent frames, 1 for the one before.
+        """
+        assert self.is_conditioned, "an object is tracked only after its first prompt"
+        recent = self.recent.filled()
+        long_term, corrections = self.long_term.filled(), self.corrections.filled()
+        times = [
+            self.conditioning_time,
+            *range(len(recent) - 1, -1, -1),
+            *[self.long_term_time] * len(long_term),
+            *[self.correction_time] * len(corrections),
+        ]
+        pointers = list(self._pointer_frames)
+        ages = [self.frame - frame for frame in self._pointer_frames.values()]
+        return SlotReads(
+            slots=[0, *recent, *long_term, *corrections],
+            times=times,
+            pointers=pointers,
+            # A conditioning frame's age grows without bound on a live stream; training saw at most 15.
+            pointer_ages=[min(age, RECENT_POINTERS) for age in ages],
+            prototypes=(0, self.latest_slot),
+        )
+
+    def condition(self, summary: Float32Array, area: int) -> int:
+        """Slot for the object's first conditioning frame; everything else is forgotten."""
+        frame = self.frame
+        self.reset()
+        self.frame = frame
+        self.is_conditioned = True
+        self.area = float(area)
+        self.run.start_anew(summary)
+        self._pointer_frames[0] = frame
+        return 0
+
+    def correct(self, area: int) -> int:
+        """Slot for a frame that was corrected by a prompt."""
+        self.area = float(area)
+        self.holds_absence = False
+        self.latest_slot = self.corrections.next_slot()
+        return self.latest_slot
+
+    def choose_slot(self, facts: FrameFacts) -> int | None:
+        """Slot for a tracked frame, None if it is not worth remembering."""
+        if not facts.is_trusted:
+            return None
+        if self.config.policy is MemoryPolicy.FIFO:
+            if not facts.is_present and self.holds_absence:
+                return None  # one absence says it; six would flush what is known of the object
+            if facts.is_present and self._is_mistake(facts):
+                return None
+        self.holds_absence = not facts.is_present
+        if facts.is_present:
+            self.area = AREA_MEMORY * self.area + (1 - AREA_MEMORY) * facts.area
+            self.latest_slot = self.recent.next_slot()
+            return self.latest_slot
+        return self.recent.next_slot()
+
+    def _is_mistake(self, facts: FrameFacts) -> bool:
+        if facts.predicted_iou >= self.config.low_iou:
+            return False
+        ratio = facts.area / max(self.area, 1.0)
+        return ratio > EXPLODED or ratio < VANISHED
+
+    def pointer_slot(self) -> int:
+        """Where the pointer of the frame just remembered goes."""
+        slot = self._recent_pointers.next_slot()
+        self._pointer_frames.pop(slot, None)
+        self._pointer_frames[slot] = self.frame
+        return slot
+
+    def consider(self, facts: FrameFacts, slot: int | None) -> None:
+        """Offer the frame just written to `slot` as a long-term memory; may copy slots within the row."""
+        if self.config.policy is not MemoryPolicy.FIFO or not self.config.long_term_slots:
+            return
+        is_candidate = (
+            slot is not None and facts.is_present and facts.predicted_iou > self.config.candidate_iou
+        )
+        if not is_candidate:
+            self.run.break_off(facts.time_s)
+            return
+        assert slot is not None
+        verdict = self.run.offer(facts.summary, facts.time_s)
+        if verdict.is_best_so_far:
+            self.pool.copy_slot(self.row, slot, self.config.staging_slot)
+        if verdict.is_complete:
+            self.pool.copy_slot(self.row, self.config.staging_slot, self.long_term.next_slot())
+
+
+def mask_area(mask_logits: Float32Array) -> int:
+    """Pixels above zero."""
+    return int(np.count_nonzero(mask_logits > 0))

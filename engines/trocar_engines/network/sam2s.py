@@ -1,0 +1,491 @@
+"""SAM2S: SAM 2 with diverse memory, an affinity readout and a temporal semantic head.
+
+One method per stage of a frame's way, each a pure function of its tensors with static shapes, so that eager
+PyTorch, ONNX Runtime and TensorRT run the same graph:
+
+    encode_image ─ attend_memory ─ decode_masks ─ encode_memory
+
+Built from the modules of the sam2 package (arXiv 2408.00714), with that package's parameter names, so that
+official SAM 2.1 checkpoints load as they are. What the reference predictor keeps in dictionaries that grow,
+this network takes as tensors: slots that are empty are hidden by a bias.
+"""
+
+from typing import NamedTuple
+
+import torch
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.prompt_encoder import PromptEncoder
+from sam2.modeling.sam.transformer import TwoWayTransformer
+from sam2.modeling.sam2_utils import MLP
+from torch import Tensor, nn
+
+from trocar_engines.network.attention import SlotMemoryAttention, local_attention_start, sine_position
+from trocar_engines.network.config import ConvTrunkConfig, HieraConfig, NetworkConfig
+from trocar_engines.network.decoder import BatchedMaskDecoder
+from trocar_engines.network.readout import AffinityReadout
+from trocar_engines.network.semantic import SemanticHead
+from trocar_engines.network.trunk import ConvTrunk
+
+HIDDEN_BIAS = -1e4
+"""Added to the attention scores of an empty slot; finite in half precision."""
+ABSENT_LOGIT = -1024.0
+"""Mask logits of an object that is not in the picture, as in SAM 2."""
+POINTER_TIME_SCALE = 15.0
+"""SAM 2 scales a pointer's age by min(frames, 16) - 1; on a stream that is 15."""
+STABILITY_DELTA = 0.05
+STABILITY_THRESHOLD = 0.98
+"""Below it a single mask yields to the best of three (SAM 2.1's predictor settings)."""
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+"""ImageNet statistics in grey levels, as SAM 2 normalises."""
+
+
+class ImageFeatures(NamedTuple):
+    """What `encode_image` knows of a picture.
+
+    Args:
+        embedding: [B, C, h, w] at stride 16.
+        stride_4: [B, C/8, 4h, 4w], already projected for the mask decoder.
+        stride_8: [B, C/4, 2h, 2w], likewise.
+        keys: [B, dim, 2h, 2w] of the affinity readout, or [B, 0, 2h, 2w] where the network has none.
+    """
+
+    embedding: Tensor
+    stride_4: Tensor
+    stride_8: Tensor
+    keys: Tensor
+
+
+class MemoryView(NamedTuple):
+    """The memory of B objects as the network reads it; K slots and P pointers, some of them empty.
+
+    Args:
+        spatial: [B, K, C_mem, h, w].
+        slot_time: int64 [B, K] row of the temporal embedding: 6 conditioning, 5 oldest recent … 0 latest,
+            7 long-term, 8 correction (`num_maskmem` and on).
+        slot_bias: [B, K], 0 or `HIDDEN_BIAS`.
+        pointers: [B, P, C].
+        pointer_age: [B, P] in frames.
+        pointer_bias: [B, P], 0 or `HIDDEN_BIAS`.
+    """
+
+    spatial: Tensor
+    slot_time: Tensor
+    slot_bias: Tensor
+    pointers: Tensor
+    pointer_age: Tensor
+    pointer_bias: Tensor
+
+
+class Decoded(NamedTuple):
+    """What the mask decoder says of B objects.
+
+    Args:
+        mask_logits: [B, 4h, 4w]; all `ABSENT_LOGIT` where the object is absent.
+        predicted_iou: [B], 0 to 1.
+        presence_logit: [B]; above 0 the object is in the picture.
+        pointer: [B, C] object pointer.
+    """
+
+    mask_logits: Tensor
+    predicted_iou: Tensor
+    presence_logit: Tensor
+    pointer: Tensor
+
+
+class AllMasks(NamedTuple):
+    """Every candidate of the mask decoder, for training: single mask first, then the three of a multimask.
+
+    Args:
+        mask_logits: [B, 4, 4h, 4w].
+        predicted_iou: [B, 4].
+        tokens: [B, 4, C].
+        presence_logit: [B].
+    """
+
+    mask_logits: Tensor
+    predicted_iou: Tensor
+    tokens: Tensor
+    presence_logit: Tensor
+
+
+class SAM2S(nn.Module):
+    """The network; see the module's docstring for its stages.
+
+    Args:
+        config: its shape.
+    """
+
+    picture_position: Tensor
+    memory_position: Tensor
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        d_model, d_memory, size = config.d_model, config.d_memory, config.embedding_size
+        self.image_encoder = _image_encoder(config)
+        self.memory_attention = SlotMemoryAttention(
+            d_model=d_model,
+            d_memory=d_memory,
+            mlp=config.memory_mlp,
+            layers=config.memory_layers,
+            size=size,
+        )
+        self.memory_encoder = _memory_encoder(config)
+        self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
+        self.maskmem_tpos_enc = nn.Parameter(torch.randn(config.num_maskmem, 1, 1, d_memory) * 0.02)
+        if config.has_long_term_embedding:
+            self.long_term_tpos_enc = nn.Parameter(torch.randn(2, 1, 1, d_memory) * 0.02)
+        self.no_mem_embed = nn.Parameter(torch.randn(1, 1, d_model) * 0.02)
+        # Read by nothing under `directly_add_no_mem_embed`; kept so that official files load strictly.
+        self.no_mem_pos_enc = nn.Parameter(torch.zeros(1, 1, d_model), requires_grad=False)
+        self.no_obj_ptr = nn.Parameter(torch.randn(1, d_model) * 0.02)
+        self.no_obj_embed_spatial = nn.Parameter(torch.randn(1, d_memory) * 0.02)
+        self.sam_prompt_encoder = PromptEncoder(
+            embed_dim=d_model,
+            image_embedding_size=(size, size),
+            input_image_size=(config.input_size_px, config.input_size_px),
+            mask_in_chans=16,
+        )
+        self.sam_mask_decoder = BatchedMaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=d_model, mlp_dim=config.decoder_mlp, num_heads=config.decoder_heads
+            ),
+            transformer_dim=d_model,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+            use_high_res_features=True,
+            iou_prediction_use_sigmoid=True,
+            pred_obj_scores=True,
+            pred_obj_scores_mlp=True,
+            use_multimask_token_for_obj_ptr=True,
+        )
+        self.obj_ptr_proj = MLP(d_model, d_model, d_model, 3)
+        self.obj_ptr_tpos_proj = nn.Linear(d_model, d_memory)
+        if config.readout_dim:
+            self.readout = AffinityReadout(features=d_model, dim=config.readout_dim, size=2 * size)
+            self.readout_to_stride_8 = nn.Conv2d(1, d_model // 4, 1)
+            self.readout_gain = nn.Parameter(torch.tensor(0.5))
+            # Whether anything in the picture resembles the object; a token learns that slowly.
+            self.readout_presence = nn.Linear(2, 1, bias=False)
+            nn.init.zeros_(self.readout_presence.weight)
+        if config.classes:
+            self.semantic_head = SemanticHead(d_model=d_model, d_memory=d_memory, classes=config.classes)
+        picture_position = PositionEmbeddingSine(num_pos_feats=d_model, normalize=True)
+        memory_position = PositionEmbeddingSine(num_pos_feats=d_memory, normalize=True)
+        grid = torch.zeros(1, 1, size, size)
+        self.register_buffer("picture_position", picture_position(grid), persistent=False)
+        self.register_buffer("memory_position", memory_position(grid), persistent=False)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        self.register_buffer("image_mean", mean, persistent=False)
+        self.register_buffer("image_std", std, persistent=False)
+        if isinstance(config.trunk, ConvTrunkConfig):
+            self._start_small()
+
+    def _start_small(self) -> None:
+        """Initial values with which a small network trains from scratch; official weights replace them."""
+        for layer in self.memory_attention.layers:
+            local_attention_start(layer.self_attn)
+            local_attention_start(layer.cross_attn_image)
+        # The decoder adds prompt and picture embeddings; with features many times larger than the
+        # prompts' (std 4 against 0.1) a click drowns.
+        for embedding in self.sam_prompt_encoder.point_embeddings:
+            nn.init.normal_(embedding.weight, std=1.0)
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Features of each picture.
+
+        Args:
+            pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
+        """
+        normalised = (pixels.permute(0, 3, 1, 2).float() - self.image_mean) / self.image_std
+        stride_4, stride_8, embedding = self.image_encoder(normalised)["backbone_fpn"]
+        keys = self.readout.keys(stride_8) if self.config.readout_dim else stride_8[:, :0]
+        return ImageFeatures(
+            embedding, self.sam_mask_decoder.conv_s0(stride_4), self.sam_mask_decoder.conv_s1(stride_8), keys
+        )
+
+    def without_memory(self, embedding: Tensor) -> Tensor:
+        """What takes the place of `attend_memory` on an object's first frame; [B, C, h, w] to the same."""
+        return embedding + self.no_mem_embed.view(1, -1, 1, 1)
+
+    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+        """Condition picture embeddings on each object's memory.
+
+        SAM 2 (arXiv 2408.00714), section 4, "Memory attention".
+
+        Args:
+            embedding: [B, C, h, w].
+            memory: of the same B objects.
+
+        Returns:
+            [B, C, h, w] conditioned embedding and [B, K] class logits (K = 0 without a semantic head).
+        """
+        batch, channels, height, width = embedding.shape
+        tokens, keys, bias = self._memory_tokens(memory)
+        pointers = memory.pointers.shape[1] * self.config.tokens_per_pointer
+        picture = (embedding + 0.1 * self.picture_position).flatten(2).transpose(1, 2)
+        conditioned = self.memory_attention(picture, tokens, keys, bias, pointers)
+        classes = self.semantic_head(tokens, bias, conditioned) if self.config.classes else tokens[:, 0, :0]
+        return conditioned.transpose(1, 2).reshape(batch, channels, height, width), classes
+
+    def _memory_tokens(self, memory: MemoryView) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [B, M, C_mem], keys (with positions) of the same shape, and bias [B, 1, M]."""
+        batch = memory.slot_bias.shape[0]
+        count = memory.pointers.shape[1]
+        split = self.config.tokens_per_pointer
+        size = self.config.embedding_size**2
+        table: Tensor = self.maskmem_tpos_enc
+        if self.config.has_long_term_embedding:
+            table = torch.cat([table, self.long_term_tpos_enc])
+        spatial = memory.spatial.flatten(3).transpose(2, 3)  # [B, K, h·w, C_mem]
+        time = table.flatten(1)[memory.slot_time].unsqueeze(2)
+        spatial_keys = spatial + self.memory_position.flatten(2).transpose(1, 2) + time
+        pointers = memory.pointers.reshape(batch, count * split, -1)
+        age = self.obj_ptr_tpos_proj(
+            sine_position(memory.pointer_age / POINTER_TIME_SCALE, self.config.d_model)
+        )
+        pointer_keys = pointers + age.repeat_interleave(split, dim=1)
+        values = torch.cat([spatial.flatten(1, 2), pointers], dim=1)
+        keys = torch.cat([spatial_keys.flatten(1, 2), pointer_keys], dim=1)
+        bias = torch.cat(
+            [
+                memory.slot_bias.unsqueeze(2).expand(-1, -1, size).flatten(1),
+                memory.pointer_bias.repeat_interleave(split, dim=1),
+            ],
+            dim=1,
+        )
+        return values, keys, bias.unsqueeze(1)
+
+    def decode_masks(
+        self,
+        conditioned: Tensor,
+        stride_4: Tensor,
+        stride_8: Tensor,
+        readout: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        mask_prompt: Tensor,
+        has_mask_prompt: Tensor,
+        is_multimask: Tensor,
+        presence: Tensor | None = None,
+    ) -> Decoded:
+        """Masks, quality, presence and pointer of each object.
+
+        Args:
+            conditioned: [B, C, h, w] from `attend_memory` or `without_memory`.
+            stride_4: [B, C/8, 4h, 4w].
+            stride_8: [B, C/4, 2h, 2w].
+            readout: [B, 1, 2h, 2w] logits of the affinity readout, zeros without one.
+            points: [B, N, 2] (x, y) in input pixels.
+            labels: int64 [B, N]: 1 on the object, 0 off it, 2 and 3 box corners, -1 padding (attended to,
+                as in SAM 2: one padding point stands for "no points", and sam2 appends another).
+            mask_prompt: [B, 1, 4h, 4w] logits.
+            has_mask_prompt: bool [B]; where False the mask prompt is ignored.
+            is_multimask: bool [B]; choose the best of three masks instead of the single one.
+            presence: [B] added to the presence logit, from `read_affinity`.
+        """
+        every = self.decode_all(
+            conditioned, stride_4, stride_8, readout, points, labels, mask_prompt, has_mask_prompt
+        )
+        logits, iou, token = select_mask(every, is_multimask)
+        presence_logit = every.presence_logit if presence is None else every.presence_logit + presence
+        is_present = (presence_logit > 0).unsqueeze(-1)
+        logits = torch.where(is_present.unsqueeze(-1), logits, ABSENT_LOGIT)
+        pointer = torch.where(is_present, self.obj_ptr_proj(token), self.no_obj_ptr)
+        return Decoded(logits, iou, presence_logit, pointer)
+
+    def decode_all(
+        self,
+        conditioned: Tensor,
+        stride_4: Tensor,
+        stride_8: Tensor,
+        readout: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        mask_prompt: Tensor,
+        has_mask_prompt: Tensor,
+    ) -> AllMasks:
+        """Every candidate mask; the arguments are those of `decode_masks`."""
+        encoder = self.sam_prompt_encoder
+        sparse, _ = encoder(points=(points, labels), boxes=None, masks=None)
+        dense = torch.where(
+            has_mask_prompt.view(-1, 1, 1, 1),
+            encoder.mask_downscaling(mask_prompt),
+            encoder.no_mask_embed.weight.view(1, -1, 1, 1),
+        )
+        if self.config.readout_dim:
+            stride_8 = stride_8 + self.readout_to_stride_8(readout)
+        masks, iou, tokens, presence = self.sam_mask_decoder.decode(
+            conditioned + dense, encoder.get_dense_pe(), sparse, stride_4, stride_8
+        )
+        if self.config.readout_dim:
+            masks = masks + self.readout_gain * upsample(readout, 2)
+        return AllMasks(masks, iou, tokens, presence.squeeze(-1))
+
+    def read_points(self, features: ImageFeatures, points: Tensor, labels: Tensor) -> Tensor:
+        """The readout of a prompted frame, [B, 1, 2h, 2w]: likeness to the clicks, else zeros."""
+        if not self.config.readout_dim:
+            return torch.zeros_like(features.stride_8[:, :1])
+        return self.readout.from_points(features.keys.float(), points, labels)
+
+    def read_affinity(self, keys: Tensor, prototypes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The affinity readout as logits [B, 1, 2h, 2w], and what it adds to the presence logit, [B].
+
+        Args:
+            keys: [B, dim, 2h, 2w] of the current picture.
+            prototypes: [B, M, dim + 3, 2, h, w] of remembered ones, the latest last.
+            bias: [B, M], 0 or `HIDDEN_BIAS`.
+        """
+        readout, support = self.readout(keys, prototypes, bias)
+        return readout, self.readout_presence(support).squeeze(1)
+
+    def track_masks(
+        self,
+        conditioned: Tensor,
+        stride_4: Tensor,
+        stride_8: Tensor,
+        keys: Tensor,
+        prototypes: Tensor,
+        prototype_bias: Tensor,
+    ) -> Decoded:
+        """`decode_masks` on a frame without prompt: no points, best of three, readout as mask prompt.
+
+        Args:
+            conditioned: [B, C, h, w] from `attend_memory`.
+            stride_4: [B, C/8, 4h, 4w].
+            stride_8: [B, C/4, 2h, 2w].
+            keys: [B, dim, 2h, 2w]; read only by a network with a readout, like the next two.
+            prototypes: [B, M, dim + 3, 2, h, w].
+            prototype_bias: [B, M].
+        """
+        batch = conditioned.shape[0]
+        size = self.config.mask_size
+        if self.config.readout_dim:
+            readout, presence = self.read_affinity(keys, prototypes, prototype_bias)
+            mask_prompt = upsample(readout, 2)
+        else:
+            readout, presence = stride_8[:, :1], conditioned.new_zeros(batch)
+            mask_prompt = conditioned.new_zeros(batch, 1, size, size)
+        points = conditioned.new_zeros(batch, 1, 2)
+        labels = -torch.ones(batch, 1, dtype=torch.int64, device=conditioned.device)
+        yes = torch.ones(batch, dtype=torch.bool, device=conditioned.device)
+        has_mask_prompt = yes if self.config.readout_dim else ~yes
+        return self.decode_masks(
+            conditioned,
+            stride_4,
+            stride_8,
+            readout,
+            points,
+            labels,
+            mask_prompt,
+            has_mask_prompt,
+            yes,
+            presence,
+        )
+
+    def encode_memory(
+        self,
+        embedding: Tensor,
+        keys: Tensor,
+        mask_logits: Tensor,
+        presence_logit: Tensor,
+        is_prompted: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Turn a picture and a mask into what a memory slot keeps.
+
+        Args:
+            embedding: [B, C, h, w] unconditioned, from `encode_image`.
+            keys: [B, dim, 2h, 2w].
+            mask_logits: [B, 4h, 4w].
+            presence_logit: [B].
+            is_prompted: bool [B]; prompted masks are binarised, tracked ones enter as probabilities.
+
+        Returns:
+            spatial memory [B, C_mem, h, w] and prototypes [B, dim + 3, 2, h, w] (without readout [B, 0, …]).
+        """
+        masks = mask_logits.unsqueeze(1)
+        if self.config.memory_mask_stride == 16:
+            masks = upsample(masks, 4)
+        masks = torch.where(is_prompted.view(-1, 1, 1, 1), (masks > 0).to(masks.dtype), masks.sigmoid())
+        encoded = self.memory_encoder(embedding, masks * 20.0 - 10.0, skip_mask_sigmoid=True)
+        absent = (presence_logit <= 0).to(masks.dtype).view(-1, 1, 1, 1)
+        memory = encoded["vision_features"] + absent * self.no_obj_embed_spatial.view(1, -1, 1, 1)
+        if not self.config.readout_dim:
+            return memory, memory[:, :0].unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        return memory, self.readout.prototypes(keys, mask_logits)
+
+
+def upsample(maps: Tensor, factor: int) -> Tensor:
+    """Bilinear, half-pixel centres; [B, C, H, W] to [B, C, factor·H, factor·W]."""
+    return nn.functional.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def select_mask(every: AllMasks, is_multimask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask to show of each object: [B, 4h, 4w] logits, [B] predicted IoU, [B, C] token.
+
+    Best of three by predicted IoU where `is_multimask`; else the single mask unless it is unstable
+    (SAM 2's `dynamic_multimask_via_stability`).
+    """
+    single = every.mask_logits[:, 0]
+    inner = (single > STABILITY_DELTA).flatten(1).sum(-1)
+    outer = (single > -STABILITY_DELTA).flatten(1).sum(-1)
+    is_stable = inner.float() >= STABILITY_THRESHOLD * outer.float()
+    use_best = is_multimask | ~is_stable
+    best = torch.where(use_best, 1 + every.predicted_iou[:, 1:].argmax(-1), 0)
+    height, width = every.mask_logits.shape[2:]
+    picked = best.view(-1, 1, 1, 1).expand(-1, -1, height, width)
+    logits = every.mask_logits.gather(1, picked).squeeze(1)
+    iou = every.predicted_iou.gather(1, best.unsqueeze(1)).squeeze(1)
+    # The pointer comes from the best mask's token only under multimask; a stability fallback keeps the
+    # single mask's, as in SAM 2.
+    chosen = torch.where(is_multimask, best, 0)
+    token = every.tokens.gather(1, chosen.view(-1, 1, 1).expand(-1, -1, every.tokens.shape[2])).squeeze(1)
+    return logits, iou, token
+
+
+def _image_encoder(config: NetworkConfig) -> ImageEncoder:
+    if isinstance(config.trunk, HieraConfig):
+        trunk = Hiera(
+            embed_dim=config.trunk.embed_dim,
+            num_heads=config.trunk.num_heads,
+            stages=config.trunk.stages,
+            global_att_blocks=config.trunk.global_att_blocks,
+            window_pos_embed_bkg_spatial_size=config.trunk.window_pos_embed_bkg_spatial_size,
+            window_spec=config.trunk.window_spec,
+        )
+    else:
+        trunk = ConvTrunk(config.trunk)
+    neck = FpnNeck(
+        position_encoding=PositionEmbeddingSine(num_pos_feats=config.d_model, normalize=True),
+        d_model=config.d_model,
+        backbone_channel_list=list(config.trunk.channels),
+        fpn_top_down_levels=list(config.fpn_top_down_levels),
+        fpn_interp_model="nearest",
+    )
+    return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
+
+
+def _memory_encoder(config: NetworkConfig) -> MemoryEncoder:
+    block = CXBlock(dim=config.d_model, kernel_size=7, padding=3, layer_scale_init_value=1e-6)
+    if isinstance(config.trunk, ConvTrunkConfig):
+        nn.init.ones_(block.gamma)  # 1e-6 is meant for deep pretrained stacks; from scratch it stays asleep
+    return MemoryEncoder(
+        in_dim=config.d_model,
+        out_dim=config.d_memory,
+        mask_downsampler=MaskDownSampler(
+            embed_dim=config.d_model,
+            kernel_size=3,
+            stride=2,
+            padding=1,
+            total_stride=config.memory_mask_stride,
+        ),
+        fuser=Fuser(block, num_layers=config.memory_fuser_layers),
+        position_encoding=PositionEmbeddingSine(num_pos_feats=config.d_memory, normalize=True),
+    )

@@ -1,0 +1,73 @@
+"""PyTorch without compilation: the reference that every other runtime is compared with."""
+
+from torch import Tensor
+
+from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView
+
+
+class EagerRuntime:
+    """The network's own methods; see `runtime.interface.Runtime`.
+
+    Args:
+        network: with its weights; put into evaluation mode.
+    """
+
+    name = "eager"
+
+    def __init__(self, network: SAM2S) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.config = network.config
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """See `Runtime.encode_image`."""
+        return self.network.encode_image(pixels)
+
+    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+        """See `Runtime.attend_memory`."""
+        return self.network.attend_memory(embedding, memory)
+
+    def track_masks(
+        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, prototype_bias: Tensor
+    ) -> Decoded:
+        """See `Runtime.track_masks`."""
+        _, stride_4, stride_8, keys = features
+        return self.network.track_masks(conditioned, stride_4, stride_8, keys, prototypes, prototype_bias)
+
+    def decode_prompt(
+        self,
+        conditioned: Tensor,
+        features: ImageFeatures,
+        points: Tensor,
+        labels: Tensor,
+        mask_prompt: Tensor,
+        has_mask_prompt: Tensor,
+        is_multimask: Tensor,
+    ) -> Decoded:
+        """See `Runtime.decode_prompt`."""
+        return self.network.decode_masks(
+            conditioned,
+            features.stride_4,
+            features.stride_8,
+            self.network.read_points(features, points, labels),
+            points,
+            labels,
+            mask_prompt,
+            has_mask_prompt,
+            is_multimask,
+        )
+
+    def encode_memory(
+        self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Runtime.encode_memory`."""
+        return self.network.encode_memory(
+            features.embedding, features.keys, mask_logits, presence_logit, is_prompted
+        )
+
+    def without_memory(self, embedding: Tensor) -> Tensor:
+        """See `Runtime.without_memory`."""
+        return self.network.without_memory(embedding)
+
+    def downsample_mask(self, mask: Tensor) -> Tensor:
+        """See `Runtime.downsample_mask`."""
+        return self.network.mask_downsample(mask)  # type: ignore[no-any-return]

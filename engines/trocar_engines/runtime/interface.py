@@ -1,0 +1,56 @@
+"""What a runtime does: execute the network's stages on tensors it is lent."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from trocar_engines.network.config import NetworkConfig
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView
+
+
+class Runtime(Protocol):
+    """The stages of a frame's way; shapes and meaning as in `network.sam2s.SAM2S`.
+
+    Inputs are borrowed for the call, outputs belong to the caller.
+    """
+
+    name: str
+    config: NetworkConfig
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Features of uint8 pictures [B, S, S, 3]."""
+
+    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+        """Conditioned embedding and class logits."""
+
+    def track_masks(
+        self,
+        conditioned: Tensor,
+        features: ImageFeatures,
+        prototypes: Tensor,
+        prototype_bias: Tensor,
+    ) -> Decoded:
+        """Masks on a frame without prompt."""
+
+    def decode_prompt(
+        self,
+        conditioned: Tensor,
+        features: ImageFeatures,
+        points: Tensor,
+        labels: Tensor,
+        mask_prompt: Tensor,
+        has_mask_prompt: Tensor,
+        is_multimask: Tensor,
+    ) -> Decoded:
+        """Masks on a prompted frame."""
+
+    def encode_memory(
+        self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Spatial memory and prototypes of a frame."""
+
+    def without_memory(self, embedding: Tensor) -> Tensor:
+        """Embedding of a frame on which an object begins."""
+
+    def downsample_mask(self, mask: Tensor) -> Tensor:
+        """A mask prompt [B, 1, S, S], 0 or 1, as the decoder reads it: [B, 1, S/4, S/4]."""

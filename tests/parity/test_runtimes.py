@@ -1,0 +1,83 @@
+"""Every runtime against eager, stage by stage, on a network whose outputs are not vacuous."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from networks import TINY, lively_network
+from trocar_engines.network.sam2s import HIDDEN_BIAS, ImageFeatures, MemoryView
+from trocar_engines.runtime.eager import EagerRuntime
+from trocar_engines.runtime.interface import Runtime
+from trocar_engines.runtime.onnx import OnnxRuntime
+
+# The same float32 arithmetic with operators fused and sums reordered.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntime:
+    return OnnxRuntime(lively_network(), cache=tmp_path_factory.mktemp("engines"), threads=2)
+
+
+def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator[tuple[str, Tensor]]:
+    """Outputs of every stage on inputs that both runtimes share: each stage gets eager's predecessors."""
+    generator = torch.Generator().manual_seed(rows + slots)
+    eager = EagerRuntime(lively_network())
+    size, mask_size = TINY.input_size_px, TINY.mask_size
+    pixels = torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8, generator=generator)
+    features = eager.encode_image(pixels)
+    yield from zip(ImageFeatures._fields, runtime.encode_image(pixels), strict=True)
+    logits = torch.randn(rows, mask_size, mask_size, generator=generator) * 4
+    presence, prompted = torch.randn(rows, generator=generator), torch.arange(rows) % 2 == 0
+    yield from zip(
+        ("spatial", "prototypes"), runtime.encode_memory(features, logits, presence, prompted), strict=True
+    )
+    spatial, prototypes = eager.encode_memory(features, logits, presence, prompted)
+    hidden = torch.zeros(rows, slots)
+    hidden[0, -1] = HIDDEN_BIAS if slots > 1 else 0
+    view = MemoryView(
+        spatial=spatial.unsqueeze(1) + torch.randn(rows, slots, *spatial.shape[1:], generator=generator),
+        slot_time=torch.arange(slots).expand(rows, -1) % 9,
+        slot_bias=hidden,
+        pointers=torch.randn(rows, 2, TINY.d_model, generator=generator),
+        pointer_age=torch.tensor([[1.0, 15.0]]).expand(rows, -1),
+        pointer_bias=torch.zeros(rows, 2),
+    )
+    yield from zip(("conditioned", "classes"), runtime.attend_memory(features.embedding, view), strict=True)
+    conditioned, _ = eager.attend_memory(features.embedding, view)
+    remembered = prototypes.unsqueeze(1).repeat(1, 3, 1, 1, 1, 1)
+    bias = torch.tensor([[0.0, HIDDEN_BIAS, 0.0]]).expand(rows, -1)
+    tracked = runtime.track_masks(conditioned, features, remembered, bias)
+    yield from ((f"tracked {name}", value) for name, value in tracked._asdict().items())
+    prompted_masks = runtime.decode_prompt(
+        eager.without_memory(features.embedding),
+        features,
+        torch.rand(rows, points, 2, generator=generator) * size,
+        torch.ones(rows, points, dtype=torch.int64),
+        logits.unsqueeze(1),
+        torch.arange(rows) % 2 == 1,
+        torch.arange(rows) % 3 == 0,
+    )
+    yield from ((f"prompted {name}", value) for name, value in prompted_masks._asdict().items())
+
+
+@pytest.mark.parametrize(("rows", "slots", "points"), [(1, 1, 1), (1, 7, 2), (3, 4, 5)])
+def test_onnx_agrees_with_eager_at_every_size(
+    exported: OnnxRuntime, rows: int, slots: int, points: int
+) -> None:
+    expected = dict(run_stages(EagerRuntime(lively_network()), rows, slots, points))
+    for name, value in run_stages(exported, rows, slots, points):
+        torch.testing.assert_close(value, expected[name], atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+    for name in ("tracked mask_logits", "prompted mask_logits", "conditioned"):
+        assert expected[name].std() > 1e-3, f"{name} is constant: this comparison proves nothing"
+
+
+def test_engines_are_exported_once_and_again_for_other_weights(tmp_path: Path) -> None:
+    stages: list[str] = []
+    for seed in (0, 0, 1):
+        OnnxRuntime(lively_network(seed=seed), cache=tmp_path, threads=1, on_stage=stages.append)
+    assert len(stages) == 10
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+
+from networks import TINY
+from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy
+from trocar_engines.memory.pool import RECENT_POINTERS, MemoryPool
+
+CONDITIONING, LONG_TERM = 6, 7
+
+
+def make_bank(**overrides: object) -> MemoryBank:
+    settings = {"recent_slots": 3, "long_term_slots": 2, "candidate_iou": 0.8, "candidate_interval_s": 0.0}
+    config = BankConfig(**{**settings, **overrides})  # type: ignore[arg-type]
+    bank = MemoryBank(MemoryPool(TINY, rows=1, slots=config.slots), config, TINY)
+    bank.condition(summary(0), area=100)
+    return bank
+
+
+def summary(angle_deg: float) -> np.ndarray:
+    angle = np.radians(angle_deg)
+    return np.array([np.cos(angle), np.sin(angle)], dtype=np.float32)
+
+
+def facts(
+    time_s: float = 0.0,
+    *,
+    iou: float = 0.9,
+    present: bool = True,
+    trusted: bool = True,
+    area: int = 100,
+    angle: float = 0.0,
+) -> FrameFacts:
+    return FrameFacts(
+        time_s=time_s,
+        predicted_iou=iou,
+        is_present=present,
+        is_trusted=trusted,
+        area=area,
+        summary=summary(angle),
+    )
+
+
+def track(bank: MemoryBank, frame: FrameFacts) -> int | None:
+    """One frame as the tracker does it; the slot's tensor is marked with the frame's time."""
+    bank.advance()
+    slot = bank.choose_slot(frame)
+    if slot is not None:
+        bank.pool.spatial[bank.row, slot] = frame.time_s
+        bank.pointer_slot()
+    bank.consider(frame, slot)
+    return slot
+
+
+def test_recent_slots_carry_sam2s_temporal_rows() -> None:
+    bank = make_bank()
+    slots = [track(bank, facts(t)) for t in range(1, 5)]
+    reads = bank.reads()
+    assert slots == [1, 2, 3, 1]
+    assert reads.slots[:4] == [0, 2, 3, 1]
+    assert reads.times[:4] == [CONDITIONING, 2, 1, 0]
+    assert reads.prototypes[1] == 1
+
+
+def test_fifth_candidate_elects_the_least_similar_frame() -> None:
+    bank = make_bank()
+    for t, angle in enumerate([5, 40, 10, 20, 30], start=1):
+        track(bank, facts(float(t), angle=angle))
+    assert bank.long_term.filled() == [4]
+    assert bank.pool.spatial[bank.row, 4].unique().item() == 2.0
+    assert LONG_TERM in bank.reads().times
+
+
+def test_next_election_compares_with_the_latest_long_term_memory() -> None:
+    bank = make_bank()
+    for t, angle in enumerate([0, 80, 0, 0, 0, 80, 75, 10, 80, 80], start=1):
+        track(bank, facts(float(t), angle=angle))
+    assert [bank.pool.spatial[bank.row, slot].unique().item() for slot in bank.long_term.filled()] == [
+        2.0,
+        8.0,
+    ]
+
+
+def test_a_poor_frame_breaks_the_run() -> None:
+    bank = make_bank()
+    for t, iou in enumerate([0.9, 0.9, 0.9, 0.9, 0.7, 0.9, 0.9, 0.9, 0.9], start=1):
+        track(bank, facts(float(t), iou=iou))
+    assert bank.long_term.filled() == []
+
+
+def test_long_term_memories_leave_in_order_of_age() -> None:
+    bank = make_bank()
+    for t in range(1, 16):
+        track(bank, facts(float(t)))
+    assert [bank.pool.spatial[bank.row, slot].unique().item() for slot in bank.long_term.filled()] == [
+        6.0,
+        11.0,
+    ]
+
+
+def test_candidates_are_taken_on_the_clock_at_high_frame_rates() -> None:
+    bank = make_bank(candidate_interval_s=0.5)
+    for frame in range(1, 121):
+        track(bank, facts(frame / 60))
+    assert bank.long_term.written == 0
+    for frame in range(121, 181):
+        track(bank, facts(frame / 60))
+    assert bank.long_term.written == 1
+
+
+def test_six_absences_hold_one_slot() -> None:
+    bank = make_bank()
+    track(bank, facts(1.0))
+    slots = [track(bank, facts(float(t), present=False)) for t in range(2, 8)]
+    assert slots == [2, None, None, None, None, None]
+    assert bank.reads().prototypes[1] == 1, "the latest picture that showed the object stays the readout's"
+
+
+def test_vanilla_writes_every_trusted_frame() -> None:
+    bank = make_bank(policy=MemoryPolicy.VANILLA)
+    assert [track(bank, facts(float(t), present=False)) for t in range(1, 5)] == [1, 2, 3, 1]
+    assert bank.long_term.filled() == []
+
+
+@pytest.mark.parametrize("policy", list(MemoryPolicy))
+def test_untrusted_frames_are_never_written(policy: MemoryPolicy) -> None:
+    bank = make_bank(policy=policy)
+    assert track(bank, facts(1.0, trusted=False)) is None
+
+
+@pytest.mark.parametrize("area", [1_000, 5])
+def test_a_mask_that_jumps_in_size_with_a_low_iou_is_not_remembered(area: int) -> None:
+    bank = make_bank()
+    assert track(bank, facts(1.0, area=area, iou=0.3)) is None
+    assert track(bank, facts(2.0, area=area, iou=0.9)) is not None
+
+
+def test_pointer_ages_stay_in_the_range_seen_in_training() -> None:
+    bank = make_bank()
+    for t in range(1, 200):
+        track(bank, facts(float(t)))
+    reads = bank.reads()
+    assert len(reads.pointers) == len(set(reads.pointers)) == RECENT_POINTERS + 1
+    assert max(reads.pointer_ages) == RECENT_POINTERS
+    assert min(reads.pointer_ages) == 0
+
+
+def test_conditioning_anew_forgets_everything() -> None:
+    bank = make_bank()
+    for t in range(1, 10):
+        track(bank, facts(float(t)))
+    bank.condition(summary(0), area=50)
+    reads = bank.reads()
+    assert (reads.slots, reads.times, reads.pointers) == ([0], [CONDITIONING], [0])
+
+
+def test_corrections_have_their_own_slots() -> None:
+    bank = make_bank()
+    track(bank, facts(1.0))
+    assert [bank.correct(100) for _ in range(3)] == [6, 7, 6]
+    assert bank.reads().slots == [0, 1, 7, 6]
