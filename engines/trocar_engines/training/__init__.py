@@ -1,0 +1,1 @@
+"""Training SAM2S: synthetic surgery, simulated clicks, losses and the training loop."""

@@ -1,0 +1,281 @@
+"""The training loop: stages of growing resolution, resumable, the same by seed."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from trocar_engines.errors import TrocarError
+from trocar_engines.network.config import NetworkConfig, network_config
+from trocar_engines.network.sam2s import SAM2S
+from trocar_engines.network.weights import load_state, save_weights
+from trocar_engines.training.episode import run_episode
+from trocar_engines.training.losses import LossWeights
+from trocar_engines.training.sampling import ClipSamples, Mix, Sample, collate
+from trocar_engines.training.store import load_davis, open_store
+
+EMA_DECAY = 0.998
+GRADIENT_LIMIT = 1.0
+LOG_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the training at one resolution.
+
+    Args:
+        size_px: side of the pictures; the network's own size should be the last.
+        clips: clips a step.
+        frames: frames of each.
+        share: part of all steps.
+    """
+
+    size_px: int
+    clips: int
+    frames: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        model: name of the network.
+        out: folder for checkpoints, log and weights.
+        clips: folder of rendered clips, see `store.render_store`.
+        real: folders in DAVIS layout that join the mix.
+        steps: optimiser steps in all.
+        learning_rate: peak of the one-cycle schedule.
+        objects: objects a clip.
+        stages: in order.
+        mix: shares of the sources.
+        save_every: steps between checkpoints.
+        start_from: weights to begin with instead of random ones.
+    """
+
+    model: str = "sam2s-nano"
+    out: Path = Path("runs/nano")
+    clips: Path = Path("runs/clips")
+    real: tuple[Path, ...] = ()
+    steps: int = 6000
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    objects: int = 2
+    stages: tuple[Stage, ...] = (
+        Stage(size_px=192, clips=6, frames=4, share=0.55),
+        Stage(size_px=256, clips=4, frames=5, share=0.45),
+    )
+    mix: Mix = field(default_factory=Mix)
+    weights: LossWeights = field(default_factory=LossWeights)
+    seed: int = 0
+    save_every: int = 200
+    device: str = "cpu"
+    start_from: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a caller may show after a step."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    seconds_per_step: float
+
+
+class NaNLossError(TrocarError):
+    """The loss is not a number; names the batch's seed."""
+
+
+def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
+    """Train or resume; returns the path of the averaged weights.
+
+    Raises:
+        TrocarError: no clips; NaN loss.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    run = _Run(config)
+    started = time.perf_counter()
+    begun_at = run.step
+    for batch in run.batches():
+        losses = run.advance(batch)
+        if run.step % LOG_EVERY == 0:
+            seconds = (time.perf_counter() - started) / (run.step - begun_at)
+            run.log(losses, seconds)
+            on_step(Progress(step=run.step, steps=config.steps, losses=losses, seconds_per_step=seconds))
+        if run.step % config.save_every == 0 or run.step == config.steps:
+            run.save()
+    return run.weights_path
+
+
+class _Run:
+    """State of a training: network, average, optimiser, step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.step = 0
+        self.size_px = 0
+        self.network = self._build(config.stages[0].size_px)
+        self.average: dict[str, torch.Tensor] = {
+            name: value.clone() for name, value in self.network.state_dict().items()
+        }
+        if config.start_from is not None:
+            self._load_network(load_state(config.start_from))
+        self.optimiser = self._optimiser()
+        if self.checkpoint_path.exists():
+            self._resume()
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.config.out / "checkpoint.pt"
+
+    @property
+    def weights_path(self) -> Path:
+        return self.config.out / "weights.safetensors"
+
+    def _build(self, size_px: int) -> SAM2S:
+        shape: NetworkConfig = dataclasses.replace(network_config(self.config.model), input_size_px=size_px)
+        self.size_px = size_px
+        network = SAM2S(shape).to(self.config.device).train()
+        network.image_encoder.to(memory_format=torch.channels_last)
+        return network
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        matrices = [value for value in self.network.parameters() if value.ndim > 1]
+        vectors = [value for value in self.network.parameters() if value.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+
+    def _load_network(self, state: dict[str, torch.Tensor]) -> None:
+        self.network.load_state_dict(state)
+        self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
+
+    def _resume(self) -> None:
+        saved: dict[str, Any] = torch.load(
+            self.checkpoint_path, weights_only=True, map_location=self.config.device
+        )
+        self.step = saved["step"]
+        self.network = self._build(saved["size_px"])
+        self.network.load_state_dict(saved["network"])
+        self.average = saved["average"]
+        self.optimiser = self._optimiser()
+        self.optimiser.load_state_dict(saved["optimiser"])
+
+    def save(self) -> None:
+        saved = {
+            "step": self.step,
+            "size_px": self.size_px,
+            "network": self.network.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+        }
+        partial = self.checkpoint_path.with_suffix(".part")
+        torch.save(saved, partial)
+        partial.replace(self.checkpoint_path)
+        save_weights(self.weights_path, self.average, self.config.model)
+
+    def batches(self) -> Iterator[Sample]:
+        """What is left of every stage; moves the network to the stage's resolution."""
+        ends = np.cumsum([stage.share for stage in self.config.stages])
+        ends = np.round(ends / ends[-1] * self.config.steps).astype(int)
+        begin = 0
+        for stage, end in zip(self.config.stages, ends, strict=True):
+            if self.step < end:
+                self._enter(stage.size_px)
+                yield from self._loader(stage, self.step - begin, int(end) - begin)
+            begin = int(end)
+
+    def _enter(self, size_px: int) -> None:
+        if size_px == self.size_px:
+            return
+        state, optimiser = self.network.state_dict(), self.optimiser.state_dict()
+        self.network = self._build(size_px)
+        self.network.load_state_dict(state)
+        self.optimiser = self._optimiser()
+        self.optimiser.load_state_dict(optimiser)
+
+    def _loader(self, stage: Stage, done: int, steps: int) -> DataLoader[Sample]:
+        synthetic = open_store(self.config.clips, network_config(self.config.model).input_size_px)
+        if not synthetic:
+            raise TrocarError(
+                f"{self.config.clips}: holds no rendered clip; run `trocar train --render` first"
+            )
+        real = [clip for folder in self.config.real for clip in load_davis(folder, 256)]
+        samples = ClipSamples(
+            synthetic,
+            real,
+            frames=stage.frames,
+            objects=self.config.objects,
+            size_px=stage.size_px,
+            mix=self.config.mix,
+            count=steps * stage.clips,
+            seed=self.config.seed + stage.size_px,
+        )
+        left = Subset(samples, range(done * stage.clips, steps * stage.clips))
+        return DataLoader(
+            left,
+            batch_size=stage.clips,
+            num_workers=1,
+            prefetch_factor=4,
+            collate_fn=collate,
+            # One thread: two of OpenCV's own beside the training's would fight over the cores.
+            worker_init_fn=lambda _: cv2.setNumThreads(0),
+        )
+
+    def _rate(self) -> float:
+        """Warm-up over 2% of the steps, then half a cosine to 1%."""
+        progress = self.step / self.config.steps
+        warm = min(1.0, progress / 0.02 + 1e-3)
+        return self.config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def advance(self, batch: Sample) -> dict[str, float]:
+        """One optimiser step; the parts of its loss."""
+        device = self.config.device
+        batch = Sample(
+            pixels=batch.pixels.to(device), masks=batch.masks.to(device), classes=batch.classes.to(device)
+        )
+        rng = np.random.default_rng([self.config.seed, 1, self.step])
+        loss, parts = run_episode(self.network, batch, rng, self.config.weights)
+        if not torch.isfinite(loss):
+            raise NaNLossError(
+                f"step {self.step}, seed {self.config.seed}: loss is {float(loss)}; nothing was saved"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate()
+        self.optimiser.step()
+        self.step += 1
+        self._update_average()
+        return {"loss": float(loss.detach()), **parts}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for name, value in self.network.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
+    def log(self, losses: dict[str, float], seconds_per_step: float) -> None:
+        line = {"step": self.step, "size_px": self.size_px, "s_per_step": round(seconds_per_step, 3)}
+        with (self.config.out / "log.jsonl").open("a") as file:
+            file.write(
+                json.dumps({**line, **{name: round(value, 4) for name, value in losses.items()}}) + "\n"
+            )
