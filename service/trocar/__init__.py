@@ -1,0 +1,1 @@
+"""The network side of Trocar: a gRPC streaming server and its client."""

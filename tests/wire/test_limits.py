@@ -1,0 +1,242 @@
+import asyncio
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from trocar.config import ServerConfig
+from trocar.errors import ConfigError
+from trocar.server import TrackingServer
+from trocar.v1 import tracking_pb2 as pb
+from trocar.v1 import tracking_pb2_grpc as pb_grpc
+from wire.calls import Call, accounted_ids, results_of, until, warnings_of
+from wire.clips import draw_frames, encode_clip, encode_jpeg
+from wire.fakes import FakeScheduler, resize_linear
+
+
+async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
+    channel: aio.Channel, scheduler: FakeScheduler
+) -> None:
+    calls = [Call(channel) for _ in range(8)]
+    for call in calls:
+        await call.open()
+    ninth = Call(channel)
+    code, details = await ninth.read_failure()
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "8 streams" in details
+    calls[0].cancel()
+    await until(lambda: len(scheduler.streams) == 7)
+    await Call(channel).open()
+    for call in calls:
+        call.cancel()
+
+
+async def test_vanished_client_frees_its_stream_while_frames_are_being_tracked(
+    server: TrackingServer, scheduler: FakeScheduler
+) -> None:
+    scheduler.gate.clear()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open()
+        await call.frames(encode_clip(draw_frames(3)))
+        stream = scheduler.streams[0]
+        await until(lambda: bool(scheduler.jobs_of(stream)))
+    await until(lambda: stream.is_closed)
+    assert not scheduler.streams
+    scheduler.gate.set()
+    await until(lambda: not [one for one in threading.enumerate() if one.name.startswith("trocar-stream")])
+
+
+async def test_client_that_never_sends_open_stream_frees_nothing_it_never_had(
+    channel: aio.Channel, scheduler: FakeScheduler
+) -> None:
+    call = Call(channel)
+    await call.write(pb.TrackRequest(reset_stream=pb.ResetStream()))
+    assert (await call.read_failure())[0] == grpc.StatusCode.INVALID_ARGUMENT
+    assert not scheduler.streams
+
+
+@pytest.mark.parametrize("delivery", [pb.DELIVERY_LATEST, pb.DELIVERY_EVERY])
+async def test_client_that_floods_and_never_reads_takes_bounded_memory(
+    call: Call, delivery: pb.Delivery.ValueType
+) -> None:
+    payload = draw_frames(1)[0].tobytes()
+    size = pb.VideoFormat(width_px=160, height_px=120)
+    await call.open(pb.VIDEO_CODEC_RGB24, delivery=delivery, settings=pb.OpenStream(video=size))
+
+    async def flood() -> None:
+        for frame_id in range(1_000_000):
+            await call.frame(frame_id, payload)
+
+    flooding = asyncio.create_task(flood())
+    await asyncio.sleep(1.0)
+    before_kib = measure_resident_kib()
+    await asyncio.sleep(1.5)
+    grown_kib = measure_resident_kib() - before_kib
+    flooding.cancel()
+    call.cancel()
+    assert grown_kib < 32 * 1024, "57 kB a frame would have grown by hundreds of MB"
+
+
+def measure_resident_kib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024
+
+
+async def test_live_stream_whose_decoding_falls_behind_skips_to_a_keyframe(
+    scheduler: FakeScheduler,
+) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_waiting_packets=4, shutdown_grace_s=0.1)
+    held = threading.Event()
+
+    def resize_when_released(rgb, size):  # type: ignore[no-untyped-def]
+        held.wait(10)
+        return resize_linear(rgb, size)
+
+    server = TrackingServer(config, scheduler, resize_when_released)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open(delivery=pb.DELIVERY_LATEST)
+        await call.frames(encode_clip(draw_frames(24), keyframe_interval=10))
+        await asyncio.sleep(0.2)
+        held.set()
+        responses = await call.read_rest()
+    await server.stop()
+    skipped = [one for one in warnings_of(responses) if one.reason == pb.WARNING_REASON_PACKETS_SKIPPED]
+    assert list(skipped[0].lost_frame_ids) == list(range(1, 20))
+    assert accounted_ids(responses) == list(range(24))
+    assert all(result.is_trusted for result in results_of(responses))
+
+
+async def test_live_jpeg_stream_that_falls_behind_only_drops(scheduler: FakeScheduler, call: Call) -> None:
+    payload = encode_jpeg(draw_frames(1)[0])
+    await call.open(pb.VIDEO_CODEC_JPEG, delivery=pb.DELIVERY_LATEST)
+    scheduler.gate.clear()
+    await call.frames([payload] * 40)
+    await until(lambda: bool(scheduler.jobs_of(scheduler.streams[0])))
+    scheduler.gate.set()
+    responses = await call.read_rest()
+    assert accounted_ids(responses) == list(range(40))
+    assert not warnings_of(responses)
+    assert results_of(responses)[-1].frame_id == 39
+
+
+async def test_message_beyond_the_limit_ends_the_stream(scheduler: FakeScheduler) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_message_bytes=64 << 10, shutdown_grace_s=0.1)
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        opened = await call.open()
+        assert opened.limits.max_message_bytes == 64 << 10
+        await call.frame(0, b"x" * (65 << 10))
+        assert (await call.read_failure())[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+    await until(lambda: not scheduler.streams)
+    await server.stop()
+
+
+async def test_health_serves_only_after_warm_up(scheduler: FakeScheduler, config: ServerConfig) -> None:
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    async with aio.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="trocar.v1.TrackingService")
+        cold = await health.Check(request)
+        assert cold.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await Call(channel).read_failure())[0] == grpc.StatusCode.UNAVAILABLE
+        await server.warm_up()
+        assert scheduler.is_warm
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    await server.stop()
+
+
+async def test_server_info_tells_models_limits_and_load(channel: aio.Channel, call: Call) -> None:
+    await call.open()
+    stub: pb_grpc.TrackingServiceAsyncStub = pb_grpc.TrackingServiceStub(channel)
+    info = await stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert [model.name for model in info.models] == ["fake-nano"]
+    assert info.default_model == "fake-nano"
+    assert info.default_memory_policy == pb.MEMORY_POLICY_FIFO
+    assert (info.open_streams, info.limits.max_streams, info.is_serving) == (1, 8, True)
+
+
+async def test_reflection_names_the_service(channel: aio.Channel) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    names = [service.name async for one in call for service in one.list_services_response.service]
+    assert "trocar.v1.TrackingService" in names
+
+
+async def test_stopping_server_lets_an_open_stream_finish(scheduler: FakeScheduler) -> None:
+    server = TrackingServer(ServerConfig(address="127.0.0.1:0"), scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open()
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0.05)
+        await call.frames(encode_clip(draw_frames(2)))
+        assert len(results_of(await call.read_rest())) == 2
+        await asyncio.wait_for(stopping, 3)
+
+
+async def test_failed_device_ends_the_server(server: TrackingServer, scheduler: FakeScheduler) -> None:
+    running = asyncio.create_task(server.run_until_stopped())
+    scheduler.is_healthy = False
+    assert await asyncio.wait_for(running, 5) is False
+
+
+STALLED_CLIENT = """
+import grpc, signal, os, time
+from trocar.v1 import tracking_pb2 as pb, tracking_pb2_grpc as pb_grpc
+def requests():
+    yield pb.TrackRequest(open_stream=pb.OpenStream(video=pb.VideoFormat(codec=1)))
+    time.sleep(60)
+channel = grpc.insecure_channel("ADDRESS")
+call = pb_grpc.TrackingServiceStub(channel).Track(requests())
+next(call)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+async def test_client_that_falls_silent_without_hanging_up_is_noticed(scheduler: FakeScheduler) -> None:
+    config = ServerConfig(
+        address="127.0.0.1:0", keepalive_time_s=1, keepalive_timeout_s=0.5, shutdown_grace_s=0
+    )
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    program = STALLED_CLIENT.replace("ADDRESS", server.address)
+    client = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    try:
+        await until(lambda: bool(scheduler.streams))
+        await until(lambda: not scheduler.streams)
+    finally:
+        client.kill()
+        await client.wait()
+        await server.stop()
+
+
+async def test_taken_port_is_a_clear_error(server: TrackingServer, scheduler: FakeScheduler) -> None:
+    second = TrackingServer(ServerConfig(address=server.address), scheduler, resize_linear)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        await second.start()
+
+
+async def test_tracker_that_stops_ends_streams_as_unavailable(call: Call, scheduler: FakeScheduler) -> None:
+    await call.open()
+    scheduler.gate.clear()
+    await call.frames(encode_clip(draw_frames(1)))
+    await until(lambda: bool(scheduler.jobs_of(scheduler.streams[0])))
+    scheduler.close_stream(scheduler.streams[0])
+    assert (await call.read_failure())[0] == grpc.StatusCode.UNAVAILABLE
