@@ -1,0 +1,1 @@
+"""Benchmarks of Trocar: speed, accuracy and the metrics they share."""

@@ -1,0 +1,126 @@
+"""A folder in DAVIS layout, checked before anything is tracked on it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from trocar_engines.errors import TrocarError
+from trocar_engines.masklets import BoolArray, UInt8Array
+from trocar_engines.training.store import davis_clips, read_label
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationClip:
+    """One clip, checked: sizes agree, every mask has a frame, every frame but the first may be scored.
+
+    Args:
+        name: of its folder.
+        frames: every picture in order, with or without a mask.
+        masks: the mask of a frame, by its place in `frames`.
+        prompted_frames: place of the first frame that shows an object, by object_id.
+        width_px: of every picture.
+        height_px: of every picture.
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    masks: Mapping[int, Path]
+    prompted_frames: Mapping[int, int]
+    width_px: int
+    height_px: int
+
+    def read_rgb(self, index: int) -> UInt8Array:
+        """uint8 [H, W, 3], RGB.
+
+        Raises:
+            TrocarError: the file is no picture.
+        """
+        picture = cv2.imread(str(self.frames[index]), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise TrocarError(f"{self.frames[index]}: cannot be read as a picture")
+        return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+
+    def read_truth(self, index: int) -> UInt8Array | None:
+        """uint8 [H, W] object ids; None for a frame without a mask."""
+        return read_label(self.masks[index]) if index in self.masks else None
+
+    def new_objects(self, index: int) -> Iterator[tuple[int, BoolArray]]:
+        """Objects to prompt on a frame, with their masks."""
+        ids = [object_id for object_id, first in self.prompted_frames.items() if first == index]
+        truth = self.read_truth(index) if ids else None
+        if truth is not None:
+            yield from ((object_id, truth == object_id) for object_id in ids)
+
+
+def find_clips(folder: Path, chosen: Sequence[str], on_mask: Callable[[], None]) -> list[EvaluationClip]:
+    """Every clip of the folder, or those chosen; `on_mask` is called for every mask that was read.
+
+    Raises:
+        TrocarError: the folder cannot be scored; the message names the file.
+    """
+    names = [name for name, _, _ in davis_clips(folder)]
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise TrocarError(f"{folder}: holds no clip {', '.join(unknown)}; it holds {', '.join(names)}")
+    for path in sorted((folder / "Annotations").iterdir()):
+        if path.is_dir() and path.name not in names:
+            raise TrocarError(f"{path}: has masks but no frames in {folder / 'JPEGImages' / path.name}")
+    return [_check_clip(folder, name, on_mask) for name in chosen or names]
+
+
+def _check_clip(folder: Path, name: str, on_mask: Callable[[], None]) -> EvaluationClip:
+    images, annotations = folder / "JPEGImages" / name, folder / "Annotations" / name
+    frames = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if len(frames) < 2:
+        raise TrocarError(f"{images}: holds {len(frames)} frame; scoring needs one after the prompted one")
+    places = {path.stem: index for index, path in enumerate(frames)}
+    size = _read_size(frames[0])
+    for path in frames:
+        _check_size(path, size, frames[0])
+    masks: dict[int, Path] = {}
+    prompted_frames: dict[int, int] = {}
+    for path in sorted(annotations.glob("*.png")):
+        if path.stem not in places:
+            raise TrocarError(f"{path}: has no frame of that name in {images}")
+        index = places[path.stem]
+        _check_size(path, size, frames[index])
+        masks[index] = path
+        for object_id in np.flatnonzero(np.bincount(read_label(path).ravel())).tolist():
+            if object_id:
+                prompted_frames.setdefault(object_id, index)
+        on_mask()
+    if not prompted_frames:
+        raise TrocarError(f"{annotations}: no mask shows an object")
+    if max(masks) <= min(prompted_frames.values()):
+        raise TrocarError(f"{masks[max(masks)]}: no mask follows it, so there is nothing to score")
+    width_px, height_px = size
+    return EvaluationClip(
+        name=name,
+        frames=tuple(frames),
+        masks=masks,
+        prompted_frames=dict(sorted(prompted_frames.items())),
+        width_px=width_px,
+        height_px=height_px,
+    )
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:  # reads the header only
+            return image.size
+    except OSError as error:
+        raise TrocarError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def _check_size(path: Path, expected: tuple[int, int], reference: Path) -> None:
+    size = _read_size(path)
+    if size != expected:
+        raise TrocarError(
+            f"{path}: {size[0]}x{size[1]} pixels, expected {expected[0]}x{expected[1]} as {reference}"
+        )
