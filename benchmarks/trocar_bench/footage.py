@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Protocol
 
 import av
 import numpy as np
@@ -81,15 +82,19 @@ class Footage:
         return tuple(bytes(packet) for packet in packets)
 
 
-def render_footage(
-    width_px: int, height_px: int, *, frames: int = FOOTAGE_FRAMES, on_frame: Callable[[], None]
-) -> Footage:
-    """Render two instruments of a palette that training never sees.
+class Render(Protocol):
+    """Makes footage."""
+
+    def __call__(self, width_px: int, height_px: int, *, on_frame: Callable[[], None]) -> Footage:
+        """See `render_footage`."""
+
+
+def render_footage(width_px: int, height_px: int, *, on_frame: Callable[[], None]) -> Footage:
+    """Render `FOOTAGE_FRAMES` pictures of two instruments, in a palette that training never sees.
 
     Args:
         width_px: even, as H.264 wants it.
         height_px: even.
-        frames: distinct pictures.
         on_frame: called after each, for progress.
     """
     scene = demo_scene(
@@ -97,7 +102,7 @@ def render_footage(
     )
     pictures: list[UInt8Array] = []
     labels: list[UInt8Array] = []
-    for index in range(frames):
+    for index in range(FOOTAGE_FRAMES):
         picture, label = scene.render(index)
         pictures.append(picture.numpy())
         labels.append(label.numpy())

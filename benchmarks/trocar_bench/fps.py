@@ -56,7 +56,7 @@ from trocar.cli import (
 )
 from trocar.client import connect
 from trocar_bench.engine_lane import EngineLane
-from trocar_bench.footage import FOOTAGE_FRAMES, Footage, render_footage
+from trocar_bench.footage import FOOTAGE_FRAMES, Footage, Render, render_footage
 from trocar_bench.fps_report import RunReport, describe_bench, find_slopes, name_run, print_tables
 from trocar_bench.process_meter import ProcessMeter
 from trocar_bench.serve_process import ServeProcess, ServerRequest, StartServer
@@ -88,6 +88,7 @@ def main(
     *,
     start_scheduler: StartScheduler = start_scheduler,
     start_server: StartServer = ServeProcess,
+    render: Render = render_footage,
 ) -> int:
     """Measure.
 
@@ -95,13 +96,14 @@ def main(
         arguments: None for those of the process.
         start_scheduler: makes the tracker of the mode `engine`.
         start_server: makes the server of the mode `service`.
+        render: makes the footage.
 
     Returns:
         0, or 2 after an expected failure, which one line on stderr tells.
     """
     options = _make_parser().parse_args(arguments)
     try:
-        Bench(options, start_scheduler, start_server).run()
+        Bench(options, start_scheduler, start_server, render).run()
     except TrocarError as error:
         print(f"bench-fps: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_EXPECTED_FAILURE
@@ -190,12 +192,18 @@ class Bench:
         options: parsed.
         start_scheduler: makes the tracker of the mode `engine`.
         start_server: makes the server of the mode `service`.
+        render: makes the footage.
     """
 
     def __init__(
-        self, options: argparse.Namespace, start_scheduler: StartScheduler, start_server: StartServer
+        self,
+        options: argparse.Namespace,
+        start_scheduler: StartScheduler,
+        start_server: StartServer,
+        render: Render,
     ) -> None:
         self._options = options
+        self._render_footage = render
         self._start_scheduler = start_scheduler
         self._start_server = start_server
         self._console = Console(stderr=True)
@@ -220,7 +228,7 @@ class Bench:
     def _render(self) -> Footage:
         width_px, height_px = self._options.resolution
         task = self._progress.add_task(f"rendering {width_px}x{height_px}", total=FOOTAGE_FRAMES)
-        return render_footage(width_px, height_px, on_frame=lambda: self._progress.advance(task))
+        return self._render_footage(width_px, height_px, on_frame=lambda: self._progress.advance(task))
 
     def _run_mode(self, mode: str, footage: Footage) -> Iterator[RunReport]:
         plans = [
@@ -257,7 +265,7 @@ class Bench:
         request = ServerRequest(
             engine=read_engine_options(self._options, max_streams=max(self._options.streams)),
             max_objects=max(self._options.objects),
-            on_line=lambda line: self._console.print(line, highlight=False, markup=False),
+            on_line=self._show_line,
         )
         with self._start_server(request) as server, connect(server.address) as client:
             info = client.server_info()
@@ -268,6 +276,9 @@ class Bench:
 
             for plan in plans:
                 yield self._measure(plan, open_lane, card.name, card.runtime, ProcessMeter(server.pid))
+
+    def _show_line(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _measure(
         self,

@@ -149,7 +149,7 @@ def bank_config(entry: ModelEntry, policy: str) -> BankConfig:
     vanilla = chosen is MemoryPolicy.VANILLA
     return BankConfig(
         policy=chosen,
-        # Beside its readout the small network gains nothing from more memories, and each costs 0.2 ms a frame.
+        # Beside its readout the small network gains little from more memories; each costs 0.2 ms a frame.
         recent_slots=2 if small and not vanilla else 6,
         long_term_slots=0 if vanilla else 3 if small else 4,
         candidate_iou=float(entry.card.get("candidate_iou", PUBLISHED_CANDIDATE_IOU)),

@@ -3,6 +3,7 @@
 encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory
 """
 
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -111,22 +112,33 @@ class StreamState:
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """One object on one frame of a tick."""
+    """One object on one picture of a tick: row of a batch."""
 
-    stream: int
     tracked: TrackedObject
+    picture: Picture
+    frame: KeptFrame
+    masklet: Masklet | None = None
+
+    @property
+    def facts(self) -> FrameFacts:
+        """What decides whether the picture is remembered."""
+        assert self.masklet is not None, "facts are known once the row is read back"
+        return FrameFacts(
+            time_s=self.picture.time_s,
+            predicted_iou=self.masklet.predicted_iou,
+            is_present=self.masklet.state is ObjectState.VISIBLE,
+            is_trusted=self.picture.is_trusted,
+            area=mask_area(self.masklet.mask_logits),
+            summary=self.frame.summary,
+        )
 
 
 @dataclass(kw_only=True, eq=False)
 class Step:
-    """A tick between reply and memory: what `remember` still has to write."""
+    """A tick between reply and memory: the results, and what `remember` still has to write."""
 
     results: list[FrameMasklets]
-    rows: list[_Row]
-    frames: list[KeptFrame]
-    pictures: list[Picture]
     batches: list[tuple[list[_Row], ImageFeatures, Decoded]]
-    masklets: dict[int, Masklet]
 
 
 class Tracker:
@@ -184,48 +196,47 @@ class Tracker:
         clock = _Clock()
         frames = self._encode(streams, pictures)
         clock.lap("encode_image")
-        rows = [
-            _Row(stream=index, tracked=tracked)
-            for index, stream in enumerate(streams)
-            for tracked in stream.objects.values()
+        by_stream = [
+            [_Row(tracked=tracked, picture=picture, frame=frame) for tracked in stream.objects.values()]
+            for stream, picture, frame in zip(streams, pictures, frames, strict=True)
         ]
-        batches, masklets = [], {}
+        rows = list(itertools.chain.from_iterable(by_stream))
+        batches = []
         for start in range(0, len(rows), LARGEST_BATCH):
             batch = rows[start : start + LARGEST_BATCH]
-            features = _stack([frames[row.stream].features for row in batch])
-            for row in batch:
-                row.tracked.bank.advance()
+            features = _stack([row.frame.features for row in batch])
+            banks = [row.tracked.bank for row in batch]
+            for bank in banks:
+                bank.advance()
             view, prototypes, prototype_bias = self.pool.gather(
-                [row.tracked.bank.row for row in batch], [row.tracked.bank.reads() for row in batch]
+                [bank.row for bank in banks], [bank.reads() for bank in banks]
             )
             conditioned, class_logits = self.runtime.attend_memory(features.embedding, view)
             clock.lap("attend_memory")
             decoded = self.runtime.track_masks(conditioned, features, prototypes, prototype_bias)
             clock.lap("decode_masks")
             for row, read in zip(batch, _read_back(decoded, class_logits), strict=True):
-                masklets[id(row)] = self._describe(row.tracked, read, pictures[row.stream])
+                row.masklet = self._describe(row.tracked, read, row.picture)
             batches.append((batch, features, decoded))
             clock.lap("readback")
         clock.durations["write_memory"] = self.write_memory_ns
         results = [
             FrameMasklets(
                 frame_id=picture.frame_id,
-                masklets=tuple(masklets[id(row)] for row in rows if row.stream == index),
+                masklets=tuple(row.masklet for row in stream_rows if row.masklet is not None),
                 is_trusted=picture.is_trusted,
                 stage_ns=dict(clock.durations),
             )
-            for index, picture in enumerate(pictures)
+            for picture, stream_rows in zip(pictures, by_stream, strict=True)
         ]
-        return Step(
-            results=results, rows=rows, frames=frames, pictures=pictures, batches=batches, masklets=masklets
-        )
+        return Step(results=results, batches=batches)
 
     @torch.inference_mode()
     def remember(self, step: Step) -> None:
         """Write the tick's frames to memory; kept off the reply's path."""
         began = time.perf_counter_ns()
         for batch, features, decoded in step.batches:
-            facts = [self._facts(step, row) for row in batch]
+            facts = [row.facts for row in batch]
             slots = [row.tracked.bank.choose_slot(fact) for row, fact in zip(batch, facts, strict=True)]
             worth = [index for index, slot in enumerate(slots) if slot is not None]
             if worth:
@@ -392,17 +403,6 @@ class Tracker:
         )
         self.pool.write(bank.row, slot, spatial[0], prototypes[0])
         self.pool.pointers[bank.row, 0 if slot == 0 else bank.pointer_slot()] = decoded.pointer[0]
-
-    def _facts(self, step: Step, row: _Row) -> FrameFacts:
-        masklet, picture = step.masklets[id(row)], step.pictures[row.stream]
-        return FrameFacts(
-            time_s=picture.time_s,
-            predicted_iou=masklet.predicted_iou,
-            is_present=masklet.state is ObjectState.VISIBLE,
-            is_trusted=picture.is_trusted,
-            area=mask_area(masklet.mask_logits),
-            summary=step.frames[row.stream].summary,
-        )
 
     def _describe(self, tracked: TrackedObject, read: "_Readback", picture: Picture) -> Masklet:
         """The masklet of a tracked frame; moves the object's state."""

@@ -103,7 +103,6 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
     Raises:
         TrocarError: no clips; NaN loss.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
     run = _Run(config)
     started = time.perf_counter()
     begun_at = run.step
@@ -122,6 +121,7 @@ class _Run:
     """State of a training: network, average, optimiser, step."""
 
     def __init__(self, config: TrainConfig) -> None:
+        config.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.config = config
         self.step = 0
@@ -252,7 +252,7 @@ class _Run:
         loss, parts = run_episode(self.network, batch, rng, self.config.weights)
         if not torch.isfinite(loss):
             raise NaNLossError(
-                f"step {self.step}, seed {self.config.seed}: loss is {float(loss)}; nothing was saved"
+                f"step {self.step}, seed {self.config.seed}: loss is {float(loss.detach())}; not saved"
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,140 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from networks import TINY
+from trocar_engines.network import config as network_configs
+from trocar_engines.training.clicks import farthest_point, next_click, training_boxes
+from trocar_engines.training.losses import LossWeights, dice_loss, focal_loss, soften
+from trocar_engines.training.sampling import ClipSamples, Mix, augment
+from trocar_engines.training.store import StoredClip, open_store, render_store
+from trocar_engines.training.train import NaNLossError, Stage, TrainConfig, _Run, train
+
+
+def disc(size: int, x: int, y: int, radius: int) -> np.ndarray:
+    rows, columns = np.mgrid[:size, :size]
+    return np.asarray((columns - x) ** 2 + (rows - y) ** 2 <= radius**2)
+
+
+def test_first_click_is_the_point_farthest_from_the_edge() -> None:
+    assert next_click(disc(64, 40, 20, 10), None) == ((40, 20), 1)
+    assert farthest_point(np.zeros((8, 8), dtype=bool)) is None
+
+
+def test_next_click_corrects_the_largest_error() -> None:
+    truth = disc(64, 20, 20, 10) | disc(64, 50, 50, 4)
+    assert next_click(truth, disc(64, 20, 20, 10)) == ((50, 50), 1)
+    extra = truth | disc(64, 20, 50, 8)
+    assert next_click(truth, extra) == ((20, 50), 0)
+
+
+def test_boxes_hold_their_object_roughly() -> None:
+    masks = torch.from_numpy(np.stack([disc(64, 30, 30, 15)] * 50))
+    corners, labels = training_boxes(np.random.default_rng(0), masks)
+    assert labels.tolist() == [[2, 3]] * 50
+    assert (corners - torch.tensor([[15.0, 15.0], [46.0, 46.0]])).abs().max() <= 3.2
+
+
+def test_soft_labels_keep_the_area_and_blur_the_edge() -> None:
+    mask = torch.from_numpy(disc(64, 32, 32, 15)).float().unsqueeze(0)
+    soft = soften(mask)
+    assert soft.sum() == pytest.approx(mask.sum().item(), rel=1e-3)
+    assert 0.2 < soft[0, 32, 47] < 0.8
+    assert soft[0, 32, 32] == pytest.approx(1)
+
+
+def test_losses_are_least_for_the_truth_and_finite_for_certain_mistakes() -> None:
+    truth = torch.from_numpy(disc(64, 32, 32, 15)).float()[None, None]
+    right, wrong = (truth * 2 - 1) * 50, (1 - truth * 2) * 50
+    for loss in (focal_loss, dice_loss):
+        assert loss(right, truth).item() < 0.01 < loss(wrong, truth).item() < 1e4
+
+
+def stored(frames: int = 6) -> StoredClip:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (frames, 64, 64, 4), dtype=np.uint8)
+    pixels[..., 3] = disc(64, 30, 30, 20)
+    return StoredClip(pixels, (2,), is_dense=True)
+
+
+def test_samples_are_the_same_for_the_same_index() -> None:
+    samples = ClipSamples([stored()], [stored()], frames=3, objects=2, size_px=64, mix=Mix(), count=8)
+    again = ClipSamples([stored()], [stored()], frames=3, objects=2, size_px=64, mix=Mix(), count=8)
+    for index in range(8):
+        assert samples[index].pixels.equal(again[index].pixels)
+        assert samples[index].masks.equal(again[index].masks)
+    assert not samples[0].pixels.equal(samples[1].pixels)
+    assert all(samples[index].masks[:, 0].any() for index in range(8)), "an object shows on its first frame"
+
+
+def test_augmentation_moves_mask_and_picture_alike() -> None:
+    pixels = np.zeros((2, 64, 64, 4), dtype=np.uint8)
+    pixels[:, disc(64, 20, 40, 10)] = (255, 255, 255, 1)
+    for seed in range(20):
+        changed = augment(np.random.default_rng(seed), pixels, 64)
+        if changed[0, ..., 3].any() and not changed[0, ..., 3].all():
+            inside = changed[0, ..., :3][changed[0, ..., 3] == 1].mean()
+            outside = changed[0, ..., :3][changed[0, ..., 3] == 0].mean()
+            assert inside > outside + 50
+
+
+@pytest.fixture
+def tiny_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    monkeypatch.setitem(network_configs.NETWORKS, "tiny", TINY)
+    render_store(tmp_path / "clips", size_px=64, scenes=2, worlds=2, workers=1, on_clip=lambda: None)
+    return TrainConfig(
+        model="tiny",
+        out=tmp_path / "run",
+        clips=tmp_path / "clips",
+        steps=4,
+        stages=(Stage(size_px=64, clips=2, frames=3, share=1.0),),
+        save_every=2,
+    )
+
+
+def test_rendered_clips_are_read_back(tiny_training: TrainConfig) -> None:
+    clips = open_store(tiny_training.clips, 64)
+    assert len(clips) == 4
+    assert all(clip.pixels.shape[1:] == (64, 64, 4) for clip in clips)
+    assert all(clip.pixels[..., 3].max() <= len(clip.classes) for clip in clips)
+
+
+def test_stopped_training_resumes_to_the_same_weights(tiny_training: TrainConfig, tmp_path: Path) -> None:
+    whole = dataclasses.replace(tiny_training, out=tmp_path / "whole")
+    train(whole, lambda _: None)
+    halved = dataclasses.replace(tiny_training, out=tmp_path / "halved")
+    killed = _Run(halved)
+    for batch in killed.batches():
+        killed.advance(batch)
+        if killed.step == halved.save_every:
+            break
+    killed.save()
+    del killed  # the second half starts from the file alone
+    train(halved, lambda _: None)
+    results = [
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "halved")
+    ]
+    assert results[0]["step"] == results[1]["step"] == 4
+    for name, value in results[0]["network"].items():
+        torch.testing.assert_close(results[1]["network"][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_nan_loss_stops_with_the_seed_and_writes_nothing(tiny_training: TrainConfig) -> None:
+    broken = dataclasses.replace(tiny_training, weights=LossWeights(arl=float("nan")))
+    with pytest.raises(NaNLossError, match="step 0, seed 0"):
+        train(broken, lambda _: None)
+    assert not (tiny_training.out / "checkpoint.pt").exists()
+
+
+def test_log_holds_a_line_per_report(tiny_training: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trocar_engines.training.train.LOG_EVERY", 2)
+    reports: list[object] = []
+    weights = train(tiny_training, reports.append)
+    lines = [json.loads(line) for line in (tiny_training.out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert len(reports) == 2
+    assert weights.exists()
