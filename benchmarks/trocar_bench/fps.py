@@ -17,7 +17,8 @@ Two disciplines (see `pacing`):
 
 Two latencies, never one for the other: `latency` is the client's, from due (paced) or sent (unpaced) to the
 result received and parsed, its masks still coded. `service` is the server's own, from its receipt of the
-frame to the reply handed to the transport; it knows nothing of what waits in sockets and in the client.
+frame to the reply handed to the transport; it knows nothing of what waits in sockets and in the client. On
+cores that are busy our own camera wakes up late, which no real one does; "source late" is that part.
 
 What bounds the figures:
 
@@ -40,8 +41,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import product
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -67,6 +69,8 @@ from trocar_engines.preprocess import resize_to_model
 
 MODES = ("engine", "service")
 LEAST_SIDE_PX, MOST_SIDE_PX = 64, 7_680
+MOST_FRAMES = 10_000_000
+Number = TypeVar("Number", int, float)
 EPILOG = """\
 examples:
   bench-fps                                       both modes, one object, one stream, as fast as it goes
@@ -149,37 +153,39 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1_000:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 (unpaced) to 1000 frames a second")
-    return value
+    return _number(float, text, 0, 1_000, "frames a second, 0 for unpaced")
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must not be negative")
-    return value
+    return _number(int, text, 0, MOST_FRAMES, "frames")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
+    return _number(int, text, 1, MOST_FRAMES, "a whole number")
 
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_count(part) for part in text.split(",")))
 
 
+def _number(kind: Callable[[str], Number], text: str, lowest: int, highest: int, what: str) -> Number:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    # Not the other way round: nan is neither below nor above.
+    if value is None or not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}, {lowest} to {highest}")
+    return value
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
-    sides = (int(width), int(height))
+    sides = [int(side) if side.isdecimal() else 0 for side in (width, height)]
     if any(side % 2 or not LEAST_SIDE_PX <= side <= MOST_SIDE_PX for side in sides):
         limits = f"even sides of {LEAST_SIDE_PX} to {MOST_SIDE_PX} pixels"
-        raise argparse.ArgumentTypeError(f"{text}: expected WxH with {limits}, such as 1280x720")
-    return sides
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WxH with {limits}, such as 1280x720")
+    return sides[0], sides[1]
 
 
 # --- the runs -------------------------------------------------------------------------------------------
@@ -219,18 +225,19 @@ class Bench:
         """
         modes = dict.fromkeys(mode for group in self._options.mode or [MODES] for mode in group)
         with self._progress:
-            footage = self._render()
-            reports = [report for mode in modes for report in self._run_mode(mode, footage)]
+            reports = [report for mode in modes for report in self._run_mode(mode)]
         slopes = find_slopes(reports)
         print_tables(reports, slopes)
         print(json.dumps(describe_bench(reports, slopes, self._options.resolution)))
 
-    def _render(self) -> Footage:
+    @cached_property
+    def _footage(self) -> Footage:
+        """Rendered when a tracker is ready: nobody should wait for it to learn of a mistyped model."""
         width_px, height_px = self._options.resolution
         task = self._progress.add_task(f"rendering {width_px}x{height_px}", total=FOOTAGE_FRAMES)
         return self._render_footage(width_px, height_px, on_frame=lambda: self._progress.advance(task))
 
-    def _run_mode(self, mode: str, footage: Footage) -> Iterator[RunReport]:
+    def _run_mode(self, mode: str) -> Iterator[RunReport]:
         plans = [
             RunPlan(
                 mode=mode,
@@ -242,26 +249,26 @@ class Bench:
             )
             for streams, objects in product(self._options.streams, self._options.objects)
         ]
-        yield from (self._run_engine if mode == "engine" else self._run_service)(plans, footage)
+        yield from (self._run_engine if mode == "engine" else self._run_service)(plans)
 
-    def _run_engine(self, plans: Sequence[RunPlan], footage: Footage) -> Iterator[RunReport]:
+    def _run_engine(self, plans: Sequence[RunPlan]) -> Iterator[RunReport]:
         engine = read_engine_options(self._options, max_streams=max(self._options.streams))
         with closing(self._start_scheduler(engine)) as scheduler:
             scheduler.warm_up()
             model, memory = scheduler.default_model, scheduler.default_memory
             card = scheduler.model_card(model)
-            inputs = [resize_to_model(picture, card.input_size_px) for picture in footage.pictures]
+            inputs = [resize_to_model(picture, card.input_size_px) for picture in self._footage.pictures]
 
             def open_lane(plan: RunPlan) -> Lane:
                 stream = scheduler.open_stream(
                     model=model, memory=memory, is_live=plan.is_live, max_objects=plan.objects
                 )
-                return EngineLane(stream, plan, footage, inputs)
+                return EngineLane(stream, plan, self._footage, inputs)
 
             for plan in plans:
                 yield self._measure(plan, open_lane, card.name, card.runtime, ProcessMeter(None))
 
-    def _run_service(self, plans: Sequence[RunPlan], footage: Footage) -> Iterator[RunReport]:
+    def _run_service(self, plans: Sequence[RunPlan]) -> Iterator[RunReport]:
         request = ServerRequest(
             engine=read_engine_options(self._options, max_streams=max(self._options.streams)),
             max_objects=max(self._options.objects),
@@ -272,7 +279,7 @@ class Bench:
             card = next(card for card in info.models if card.name == info.default_model)
 
             def open_lane(plan: RunPlan) -> Lane:
-                return ServiceLane(client, plan, footage)
+                return ServiceLane(client, plan, self._footage)
 
             for plan in plans:
                 yield self._measure(plan, open_lane, card.name, card.runtime, ProcessMeter(server.pid))

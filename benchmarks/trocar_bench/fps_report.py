@@ -58,10 +58,14 @@ class Slope:
 
 
 def find_slopes(reports: Sequence[RunReport]) -> list[Slope]:
-    """What a further object costs, for each mode and number of streams that ran several."""
+    """What a further object costs, for each mode and number of streams that ran several.
+
+    Runs that dropped frames don't count: their latency is that of a queue.
+    """
     slopes = []
     for mode, streams in dict.fromkeys((report.plan.mode, report.plan.streams) for report in reports):
         group = [one for one in reports if (one.plan.mode, one.plan.streams) == (mode, streams)]
+        group = [one for one in group if not one.figures.dropped]
         ms = slope_per_object([(one.plan.objects, frame_time_ms(one)) for one in group])
         if ms is not None:
             slopes.append(Slope(mode=mode, streams=streams, ms=ms))
@@ -121,6 +125,9 @@ def _speed_rows(report: RunReport) -> dict[str, str]:
 def _latency_rows(report: RunReport) -> dict[str, str]:
     figures, since = report.figures, "due" if report.plan.is_live else "sent"
     rows = {f"latency {name}, from {since}": f"{ms:.1f}" for name, ms in asdict(figures.latency_ms).items()}
+    if report.plan.is_live:
+        rows["of which source late p50"] = f"{figures.source_late_ms.p50:.1f}"
+        rows["of which source late p99"] = f"{figures.source_late_ms.p99:.1f}"
     if figures.service_latency_ms is not None:
         service = asdict(figures.service_latency_ms).items()
         rows |= {f"service latency {name}": f"{ms:.1f}" for name, ms in service}
@@ -196,6 +203,7 @@ def describe_run(report: RunReport) -> dict[str, object]:
         "dropped": figures.dropped,
         "unreported": figures.unreported,
         "latency_from": "due" if plan.is_live else "sent",
+        "source_late_ms": _round_all(asdict(figures.source_late_ms)) if plan.is_live else None,
         "latency_ms": _round_all(asdict(figures.latency_ms)),
         "service_latency_ms": (
             _round_all(asdict(figures.service_latency_ms)) if figures.service_latency_ms else None

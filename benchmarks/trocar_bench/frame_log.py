@@ -36,6 +36,7 @@ class FrameLog:
         self.warmup = warmup
         count = 1 + warmup + frames
         self.due_ns: Int64Array = np.full(count, NEVER, np.int64)
+        self.sent_ns: Int64Array = np.full(count, NEVER, np.int64)
         self.received_ns: Int64Array = np.full(count, NEVER, np.int64)
         self.service_ns: Int64Array = np.full(count, NEVER, np.int64)
         self.stage_ns: dict[str, Int64Array] = {}
@@ -49,9 +50,10 @@ class FrameLog:
         """Whether every frame that does not count is settled."""
         return self.settled > self.warmup
 
-    def note_due(self, frame_id: int, due_ns: int) -> None:
-        """Note the moment from which a frame's latency counts."""
+    def note_sent(self, frame_id: int, due_ns: int, sent_ns: int) -> None:
+        """Note the moment from which a frame's latency counts, and that at which it went."""
         self.due_ns[frame_id] = due_ns
+        self.sent_ns[frame_id] = sent_ns
 
     def note_result(
         self,
@@ -124,6 +126,7 @@ class Figures:
         window_fps: the same in each of `WINDOWS` consecutive parts of the run; empty when it was too short.
         dropped: frames that got no result.
         unreported: those of them of which nobody told us; anything but 0 is a defect of the service.
+        source_late_ms: from due to sent, a part of the latency that is our own: of a camera it would be 0.
         latency_ms: from due (paced) or sent (unpaced) to received.
         service_latency_ms: as the server measured it; None without a service.
         stages_ms: median of each stage that ran, in the order of the design.
@@ -135,6 +138,7 @@ class Figures:
     window_fps: tuple[float, ...]
     dropped: int
     unreported: int
+    source_late_ms: Percentiles
     latency_ms: Percentiles
     service_latency_ms: Percentiles | None
     stages_ms: dict[str, float]
@@ -172,6 +176,7 @@ def sum_up(logs: Sequence[FrameLog], started_ns: int) -> Figures:
         window_fps=tuple(window_rates(ticks)),
         dropped=sum(len(log.missing) for log in logs),
         unreported=sum(len(log.missing - log.reported) for log in logs),
+        source_late_ms=percentiles(_collect_ms(log.counted(log.sent_ns - log.due_ns) for log in logs)),
         latency_ms=percentiles(_collect_ms(log.counted(log.received_ns - log.due_ns) for log in logs)),
         service_latency_ms=percentiles(service) if service.size else None,
         stages_ms=_stage_medians(logs),

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from trocar.cli import EngineOptions
+from trocar.cli import EXIT_EXPECTED_FAILURE, EngineOptions
 from trocar.config import ServerConfig
 from trocar_engines.errors import TrocarError
 
 SERVING = re.compile(r"trocar serve: serving on (\S+);")
-LAST_LINES = 20
+PROGRESS = "trocar: "
+"""Begins what the model side tells while engines are exported."""
+LAST_LINES = 50
 STOP_TIMEOUT_S = 15.0
 """Streams that are still open get some seconds before the server ends."""
 
@@ -39,7 +41,7 @@ class ServerRequest:
     Args:
         engine: the model side.
         max_objects: per stream.
-        on_line: called with each line that it prints until it serves, such as progress of an export.
+        on_line: called with what it prints of its progress, and with everything when it breaks.
     """
 
     engine: EngineOptions
@@ -114,12 +116,18 @@ class ServeProcess:
             if serving:
                 self.address = serving[1]
                 self._spoken.notify_all()
-        if not self.address:
+        if line.startswith(PROGRESS):
             self._request.on_line(line)
 
     def _last_words(self) -> str:
+        """Why it ended: one line where it expected that, else the traceback goes before."""
+        code = self._process.wait()
         said = [line for line in self._lines if line]
-        return said[-1].removeprefix("trocar serve: ") if said else f"exit code {self._process.wait()}"
+        if not said or code != EXIT_EXPECTED_FAILURE:
+            for line in said:
+                self._request.on_line(line)
+            return f"exit code {code}"
+        return said[-1].removeprefix("trocar serve: ")
 
 
 def write_arguments(request: ServerRequest) -> list[str]:

@@ -222,7 +222,7 @@ class SpeedRun:
                 due_ns = lane.pacing.wait()
                 if due_ns is None:
                     break
-                lane.log.note_due(frame_id, due_ns)
+                lane.log.note_sent(frame_id, due_ns, time.perf_counter_ns())
                 lane.send(frame_id)
             lane.finish()
         except Exception as failure:  # told by the thread that watches

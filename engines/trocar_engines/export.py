@@ -22,7 +22,8 @@ import trocar_engines.network.readout
 import trocar_engines.network.sam2s
 import trocar_engines.network.semantic
 import trocar_engines.network.trunk
-from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView
+from trocar_engines.memory.pool import READOUT_SLOTS
+from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView, PromptTensors
 
 OPSET = 20
 """17 does not export, 23 brings an Attention operator that ONNX Runtime runs slower (measured)."""
@@ -90,7 +91,7 @@ def _graphs(network: SAM2S) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]]
     """Per stage: the function, example inputs and which of their dimensions vary."""
     config = network.config
     # Odd sizes, so that the exporter cannot mistake one dimension for another.
-    batch, slots, pointers, points, remembered = 2, 5, 4, 3, 3
+    batch, slots, pointers, points = 2, 5, 4, 3
     pixels = torch.zeros(batch, config.input_size_px, config.input_size_px, 3, dtype=torch.uint8)
     features = network.encode_image(pixels)
     logits = torch.zeros(batch, config.mask_size, config.mask_size)
@@ -123,20 +124,18 @@ def _graphs(network: SAM2S) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]]
                 features.embedding,
                 *maps,
                 features.keys,
-                prototypes.unsqueeze(1).repeat(1, remembered, 1, 1, 1, 1),
-                torch.zeros(batch, remembered),
+                prototypes.unsqueeze(1).repeat(1, READOUT_SLOTS, 1, 1, 1, 1),
+                torch.zeros(batch, READOUT_SLOTS),
             ),
             (only_rows,) * 6,
         ),
         "decode_prompt": (
-            lambda conditioned, stride_4, stride_8, keys, points, labels, *prompt: network.decode_masks(
-                conditioned,
-                stride_4,
-                stride_8,
-                network.read_points(ImageFeatures(conditioned, stride_4, stride_8, keys), points, labels),
-                points,
-                labels,
-                *prompt,
+            lambda conditioned, stride_4, stride_8, keys, points, labels, mask, has_mask, is_multimask: (
+                network.decode_prompt(
+                    ImageFeatures(conditioned, stride_4, stride_8, keys),
+                    PromptTensors(points, labels, mask, has_mask),
+                    is_multimask,
+                )
             ),
             (
                 features.embedding,

@@ -26,7 +26,7 @@ from trocar_engines.masklets import (
 )
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, mask_area
 from trocar_engines.memory.pool import MemoryPool
-from trocar_engines.network.sam2s import Decoded, ImageFeatures
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.interface import Runtime
 
 LARGEST_BATCH = 32
@@ -359,10 +359,12 @@ class Tracker:
         return self.runtime.decode_prompt(
             self.runtime.without_memory(frame.features.embedding),
             frame.features,
-            coordinates,
-            torch.tensor([tracked.labels]),
-            mask_prompt,
-            torch.tensor([has_logits]),
+            PromptTensors(
+                points=coordinates,
+                labels=torch.tensor([tracked.labels]),
+                mask=mask_prompt,
+                has_mask=torch.tensor([has_logits]),
+            ),
             torch.tensor([len(tracked.points) <= 1]),
         )
 
@@ -374,10 +376,12 @@ class Tracker:
         decoded = self.runtime.decode_prompt(
             self.runtime.without_memory(frame.features.embedding),
             frame.features,
-            torch.zeros(1, 1, 2),
-            torch.tensor([[-1]]),
-            self.runtime.downsample_mask(full),
-            torch.tensor([True]),
+            PromptTensors(
+                points=torch.zeros(1, 1, 2),
+                labels=torch.tensor([[-1]]),
+                mask=self.runtime.downsample_mask(full),
+                has_mask=torch.tensor([True]),
+            ),
             torch.tensor([True]),
         )
         pooled = torch.nn.functional.avg_pool2d(full, 4)[:, 0]

@@ -450,11 +450,15 @@ def _demo(options: argparse.Namespace) -> int:
     from trocar.writer import check_result_folder
     from trocar_bench.demo import FRAME_RATE_HZ, FRAMES_AT_LEAST, render_demo, score_demo
     from trocar_engines.masklets import Prompt
+    from trocar_engines.models import DEFAULT_MODEL, model_card
 
     if options.frames < FRAMES_AT_LEAST:
         raise ConfigError(f"--frames {options.frames}: the script needs at least {FRAMES_AT_LEAST}")
     result = options.out / "result"
     check_result_folder(result)
+    if options.server is None:
+        # Rendering takes a minute: what cannot be tracked is said before it.
+        model_card(options.model or DEFAULT_MODEL, options.weights, options.runtime)
     with _show_progress("rendering", options.frames) as on_frame:
         clip = render_demo(options.out, frames=options.frames, on_frame=on_frame)
     prompts = [

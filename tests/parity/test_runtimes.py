@@ -3,16 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from networks import TINY, lively_network
 from trocar_engines.export import engine_folder
-from trocar_engines.network.sam2s import HIDDEN_BIAS, ImageFeatures, MemoryView
+from trocar_engines.masklets import Picture, Prompt
+from trocar_engines.memory.bank import BankConfig
+from trocar_engines.network.sam2s import HIDDEN_BIAS, ImageFeatures, MemoryView, PromptTensors
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
 from trocar_engines.runtime.onnx import OnnxRuntime
+from trocar_engines.tracker import Tracker, TrackerConfig
 
 # The same float32 arithmetic with operators fused and sums reordered.
 TOLERANCE = 1e-4
@@ -54,17 +58,19 @@ def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator
     )
     yield from zip(("conditioned", "classes"), runtime.attend_memory(features.embedding, view), strict=True)
     conditioned, _ = eager.attend_memory(features.embedding, view)
-    remembered = prototypes.unsqueeze(1).repeat(1, 3, 1, 1, 1, 1)
-    bias = torch.tensor([[0.0, HIDDEN_BIAS, 0.0]]).expand(rows, -1)
+    remembered = torch.stack([prototypes, prototypes.flip(-1)], dim=1)
+    bias = torch.tensor([[HIDDEN_BIAS if rows > 1 else 0.0, 0.0]]).expand(rows, -1)
     tracked = runtime.track_masks(conditioned, features, remembered, bias)
     yield from ((f"tracked {name}", value) for name, value in tracked._asdict().items())
     prompted_masks = runtime.decode_prompt(
         eager.without_memory(features.embedding),
         features,
-        torch.rand(rows, points, 2, generator=generator) * size,
-        torch.ones(rows, points, dtype=torch.int64),
-        logits.unsqueeze(1),
-        torch.arange(rows) % 2 == 1,
+        PromptTensors(
+            points=torch.rand(rows, points, 2, generator=generator) * size,
+            labels=torch.ones(rows, points, dtype=torch.int64),
+            mask=logits.unsqueeze(1),
+            has_mask=torch.arange(rows) % 2 == 1,
+        ),
         torch.arange(rows) % 3 == 0,
     )
     yield from ((f"prompted {name}", value) for name, value in prompted_masks._asdict().items())
@@ -87,3 +93,26 @@ def test_engines_are_exported_once(cache: Path, exported: OnnxRuntime) -> None:
     assert stages == []
     assert engine_folder(cache, lively_network(seed=1)) != engine_folder(cache, lively_network())
     assert [path.name for path in cache.iterdir()] == [engine_folder(cache, lively_network()).name]
+
+
+def test_tracker_gives_the_same_masks_on_every_runtime(exported: OnnxRuntime) -> None:
+    bank = BankConfig(recent_slots=2, long_term_slots=2, candidate_iou=0.0, candidate_interval_s=0.0)
+    masks = []
+    for runtime in (EagerRuntime(lively_network()), exported):
+        tracker = Tracker(runtime, TrackerConfig(rows=2, bank=bank))
+        stream = tracker.open_stream(bank, 2)
+        rng = np.random.default_rng(0)
+        size = TINY.input_size_px
+        for frame in range(12):
+            pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+            picture = Picture(frame_id=frame, pixels=pixels, width_px=size, height_px=size, time_s=frame / 30)
+            step = tracker.step([stream], [picture])
+            tracker.remember(step)
+            if frame in (0, 3):
+                point = (10.0 + 12 * frame, 30.0)
+                prompt = Prompt(object_id=frame + 1, frame_id=frame, points=(point,), labels=(1,))
+                masks.append(tracker.prompt(stream, prompt).masklet.mask_logits)
+            masks += [masklet.mask_logits for masklet in step.results[0].masklets]
+    half = len(masks) // 2
+    assert np.std(masks[0]) > 1e-3
+    np.testing.assert_allclose(np.stack(masks[half:]), np.stack(masks[:half]), atol=TOLERANCE)

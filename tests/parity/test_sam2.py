@@ -9,7 +9,7 @@ from sam2.build_sam import build_sam2
 from torch import Tensor, nn
 
 from trocar_engines.network.config import network_config
-from trocar_engines.network.sam2s import HIDDEN_BIAS, SAM2S, MemoryView
+from trocar_engines.network.sam2s import HIDDEN_BIAS, SAM2S, MemoryView, PromptTensors
 
 SIZE_PX = 512
 # float32 sums in another order: 24 layers of attention and convolution leave a few 1e-5.
@@ -177,10 +177,7 @@ def test_decode_masks_agrees(
         maps[0],
         maps[1],
         torch.zeros_like(maps[1][:, :1]),
-        coordinates,
-        labels,
-        mask,
-        torch.tensor([has_mask]),
+        PromptTensors(coordinates, labels, mask, torch.tensor([has_mask])),
         torch.tensor([points == 1]),
     )
     assert_close(decoded.mask_logits, expected[3][:, 0])

@@ -1,5 +1,6 @@
 """`bench-fps`: what it computes, and the command with trackers that need no model."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -61,7 +62,7 @@ def log_of(
     note(log, 0, 0)
     for frame_id, received in enumerate(received_ms, 1):
         due = received if due_ms is None else due_ms[frame_id - 1]
-        log.note_due(frame_id, round(due * NS_PER_MS))
+        log.note_sent(frame_id, round(due * NS_PER_MS), round(due * NS_PER_MS))
         note(log, frame_id, round(received * NS_PER_MS))
     return log
 
@@ -77,7 +78,7 @@ def consume(pacing: OpenLoop, clock: FakeClock, work_ms: Sequence[float]) -> Fig
     for frame_id, ms in enumerate(work_ms, 1):
         due_ns = pacing.wait()
         assert due_ns is not None
-        log.note_due(frame_id, due_ns)
+        log.note_sent(frame_id, due_ns, clock())
         clock.work(ms)
         note(log, frame_id, clock())
     return sum_up([log], started_ns)
@@ -91,6 +92,7 @@ def test_stalled_consumer_shows_in_the_latency_of_every_frame_that_was_due() -> 
     # A source that waited for its consumer would have seen one slow frame in a hundred.
     assert figures.latency_ms.max == pytest.approx(1_000)
     assert figures.latency_ms.p50 > 500
+    assert figures.source_late_ms.max == pytest.approx(990), "the frame after the slow one"
     assert figures.dropped == 0
 
 
@@ -98,6 +100,7 @@ def test_punctual_consumer_is_measured_from_the_schedule() -> None:
     clock = FakeClock()
     figures = consume(OpenLoop(100, clock=clock, sleep=clock.sleep), clock, [4.0] * 50)
     assert figures.latency_ms.p50 == figures.latency_ms.max == pytest.approx(4)
+    assert figures.source_late_ms.max == 0
 
 
 def test_schedule_does_not_drift() -> None:
@@ -225,6 +228,12 @@ def test_slopes_are_found_per_mode_and_number_of_streams() -> None:
     (slope,) = find_slopes(reports)
     assert (slope.mode, slope.streams) == ("service", 1)
     assert slope.ms == pytest.approx(3)
+
+
+def test_runs_that_dropped_frames_have_no_slope() -> None:
+    calm, crowded = (sum_up([log_of([10 * frame for frame in range(1, 9)])], 0) for _ in range(2))
+    reports = [report(calm), report(dataclasses.replace(crowded, dropped=1), objects=2)]
+    assert find_slopes(reports) == []
 
 
 def report(figures: Figures, *, objects: int = 1, streams: int = 1) -> RunReport:
@@ -442,6 +451,7 @@ def test_wrong_arguments_end_with_one_line(
     assert told.out == ""
     assert len(told.err.splitlines()) == 1
     assert told.err.startswith("bench-fps: ")
+    assert "invalid _" not in told.err
 
 
 def test_unknown_model_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

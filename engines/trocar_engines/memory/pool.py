@@ -13,6 +13,8 @@ from trocar_engines.network.sam2s import HIDDEN_BIAS, MemoryView
 
 CONDITIONING_POINTERS = 3
 RECENT_POINTERS = 15
+READOUT_SLOTS = 2
+"""The affinity readout compares with the conditioning frame and the latest one that showed the object."""
 POINTERS = CONDITIONING_POINTERS + RECENT_POINTERS
 """Object pointers of a row: SAM 2 attends to the conditioning frames' and to 15 recent ones."""
 

@@ -80,6 +80,23 @@ class MemoryView(NamedTuple):
     pointer_bias: Tensor
 
 
+class PromptTensors(NamedTuple):
+    """Prompts of B objects as the mask decoder reads them.
+
+    Args:
+        points: [B, N, 2] (x, y) in input pixels.
+        labels: int64 [B, N]: 1 on the object, 0 off it, 2 and 3 box corners, -1 padding (attended to, as in
+            SAM 2: one padding point stands for "no points", and sam2 appends another).
+        mask: [B, 1, 4h, 4w] logits.
+        has_mask: bool [B]; where False the mask is ignored.
+    """
+
+    points: Tensor
+    labels: Tensor
+    mask: Tensor
+    has_mask: Tensor
+
+
 class Decoded(NamedTuple):
     """What the mask decoder says of B objects.
 
@@ -269,10 +286,7 @@ class SAM2S(nn.Module):
         stride_4: Tensor,
         stride_8: Tensor,
         readout: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask_prompt: Tensor,
-        has_mask_prompt: Tensor,
+        prompt: PromptTensors,
         is_multimask: Tensor,
         presence: Tensor | None = None,
     ) -> Decoded:
@@ -283,17 +297,11 @@ class SAM2S(nn.Module):
             stride_4: [B, C/8, 4h, 4w].
             stride_8: [B, C/4, 2h, 2w].
             readout: [B, 1, 2h, 2w] logits of the affinity readout, zeros without one.
-            points: [B, N, 2] (x, y) in input pixels.
-            labels: int64 [B, N]: 1 on the object, 0 off it, 2 and 3 box corners, -1 padding (attended to,
-                as in SAM 2: one padding point stands for "no points", and sam2 appends another).
-            mask_prompt: [B, 1, 4h, 4w] logits.
-            has_mask_prompt: bool [B]; where False the mask prompt is ignored.
+            prompt: of the same B objects.
             is_multimask: bool [B]; choose the best of three masks instead of the single one.
             presence: [B] added to the presence logit, from `read_affinity`.
         """
-        every = self.decode_all(
-            conditioned, stride_4, stride_8, readout, points, labels, mask_prompt, has_mask_prompt
-        )
+        every = self.decode_all(conditioned, stride_4, stride_8, readout, prompt)
         logits, iou, token = select_mask(every, is_multimask)
         presence_logit = every.presence_logit if presence is None else every.presence_logit + presence
         is_present = (presence_logit > 0).unsqueeze(-1)
@@ -307,17 +315,14 @@ class SAM2S(nn.Module):
         stride_4: Tensor,
         stride_8: Tensor,
         readout: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        mask_prompt: Tensor,
-        has_mask_prompt: Tensor,
+        prompt: PromptTensors,
     ) -> AllMasks:
         """Every candidate mask; the arguments are those of `decode_masks`."""
         encoder = self.sam_prompt_encoder
-        sparse, _ = encoder(points=(points, labels), boxes=None, masks=None)
+        sparse, _ = encoder(points=(prompt.points, prompt.labels), boxes=None, masks=None)
         dense = torch.where(
-            has_mask_prompt.view(-1, 1, 1, 1),
-            encoder.mask_downscaling(mask_prompt),
+            prompt.has_mask.view(-1, 1, 1, 1),
+            encoder.mask_downscaling(prompt.mask),
             encoder.no_mask_embed.weight.view(1, -1, 1, 1),
         )
         if self.config.readout_dim:
@@ -329,11 +334,23 @@ class SAM2S(nn.Module):
             masks = masks + self.readout_gain * upsample(readout, 2)
         return AllMasks(masks, iou, tokens, presence.squeeze(-1))
 
-    def read_points(self, features: ImageFeatures, points: Tensor, labels: Tensor) -> Tensor:
+    def read_points(self, features: ImageFeatures, prompt: PromptTensors) -> Tensor:
         """The readout of a prompted frame, [B, 1, 2h, 2w]: likeness to the clicks, else zeros."""
         if not self.config.readout_dim:
             return torch.zeros_like(features.stride_8[:, :1])
-        return self.readout.from_points(features.keys.float(), points, labels)
+        return self.readout.from_points(features.keys.float(), prompt.points, prompt.labels)
+
+    def decode_prompt(self, features: ImageFeatures, prompt: PromptTensors, is_multimask: Tensor) -> Decoded:
+        """`decode_masks` on a prompted frame, whose readout is the likeness to the clicks.
+
+        Args:
+            features: with the conditioned embedding in place of the picture's own.
+            prompt: of the same B objects.
+            is_multimask: as in `decode_masks`.
+        """
+        readout = self.read_points(features, prompt)
+        conditioned, stride_4, stride_8, _ = features
+        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, is_multimask)
 
     def read_affinity(self, keys: Tensor, prototypes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The affinity readout as logits [B, 1, 2h, 2w], and what it adds to the presence logit, [B].
@@ -369,26 +386,18 @@ class SAM2S(nn.Module):
         size = self.config.mask_size
         if self.config.readout_dim:
             readout, presence = self.read_affinity(keys, prototypes, prototype_bias)
-            mask_prompt = upsample(readout, 2)
+            mask = upsample(readout, 2)
         else:
             readout, presence = stride_8[:, :1], conditioned.new_zeros(batch)
-            mask_prompt = conditioned.new_zeros(batch, 1, size, size)
-        points = conditioned.new_zeros(batch, 1, 2)
-        labels = -torch.ones(batch, 1, dtype=torch.int64, device=conditioned.device)
+            mask = conditioned.new_zeros(batch, 1, size, size)
         yes = torch.ones(batch, dtype=torch.bool, device=conditioned.device)
-        has_mask_prompt = yes if self.config.readout_dim else ~yes
-        return self.decode_masks(
-            conditioned,
-            stride_4,
-            stride_8,
-            readout,
-            points,
-            labels,
-            mask_prompt,
-            has_mask_prompt,
-            yes,
-            presence,
+        prompt = PromptTensors(
+            points=conditioned.new_zeros(batch, 1, 2),
+            labels=-torch.ones(batch, 1, dtype=torch.int64, device=conditioned.device),
+            mask=mask,
+            has_mask=yes if self.config.readout_dim else ~yes,
         )
+        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, yes, presence)
 
     def encode_memory(
         self,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView
+from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
 
 
 class EagerRuntime:
@@ -37,24 +37,11 @@ class EagerRuntime:
         self,
         conditioned: Tensor,
         features: ImageFeatures,
-        points: Tensor,
-        labels: Tensor,
-        mask_prompt: Tensor,
-        has_mask_prompt: Tensor,
+        prompt: PromptTensors,
         is_multimask: Tensor,
     ) -> Decoded:
         """See `Runtime.decode_prompt`."""
-        return self.network.decode_masks(
-            conditioned,
-            features.stride_4,
-            features.stride_8,
-            self.network.read_points(features, points, labels),
-            points,
-            labels,
-            mask_prompt,
-            has_mask_prompt,
-            is_multimask,
-        )
+        return self.network.decode_prompt(features._replace(embedding=conditioned), prompt, is_multimask)
 
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor

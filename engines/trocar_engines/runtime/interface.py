@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trocar_engines.network.config import NetworkConfig
-from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors
 
 
 class Runtime(Protocol):
@@ -36,10 +36,7 @@ class Runtime(Protocol):
         self,
         conditioned: Tensor,
         features: ImageFeatures,
-        points: Tensor,
-        labels: Tensor,
-        mask_prompt: Tensor,
-        has_mask_prompt: Tensor,
+        prompt: PromptTensors,
         is_multimask: Tensor,
     ) -> Decoded:
         """Masks on a prompted frame."""

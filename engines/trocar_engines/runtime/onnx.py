@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trocar_engines.export import engine_folder, export_stages
-from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView
+from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
 
 
 class OnnxRuntime:
@@ -63,16 +63,13 @@ class OnnxRuntime:
         self,
         conditioned: Tensor,
         features: ImageFeatures,
-        points: Tensor,
-        labels: Tensor,
-        mask_prompt: Tensor,
-        has_mask_prompt: Tensor,
+        prompt: PromptTensors,
         is_multimask: Tensor,
     ) -> Decoded:
         """See `Runtime.decode_prompt`."""
         _, stride_4, stride_8, keys = features
-        prompt = (points, labels, mask_prompt, has_mask_prompt, is_multimask)
-        return Decoded(*self._run("decode_prompt", conditioned, stride_4, stride_8, keys, *prompt))
+        maps = (stride_4, stride_8, keys)
+        return Decoded(*self._run("decode_prompt", conditioned, *maps, *prompt, is_multimask))
 
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor

@@ -12,6 +12,7 @@ from trocar_engines.network.sam2s import (
     AllMasks,
     ImageFeatures,
     MemoryView,
+    PromptTensors,
     select_mask,
     upsample,
 )
@@ -93,20 +94,13 @@ def _decode(
     mask_prompt: Tensor | None = None,
 ) -> AllMasks:
     rows, size = features.embedding.shape[0], network.config.mask_size
-    empty = features.embedding.new_zeros(rows, 1, size, size)
-    with torch.autocast(empty.device.type, enabled=False):
-        readout = network.read_points(features, points, labels)
-    has_mask = torch.full((rows,), mask_prompt is not None, device=empty.device)
-    return network.decode_all(
-        network.without_memory(features.embedding),
-        features.stride_4,
-        features.stride_8,
-        readout,
-        points,
-        labels,
-        empty if mask_prompt is None else mask_prompt,
-        has_mask,
-    )
+    mask = features.embedding.new_zeros(rows, 1, size, size) if mask_prompt is None else mask_prompt
+    has_mask = torch.full((rows,), mask_prompt is not None, device=mask.device)
+    prompt = PromptTensors(points, labels, mask, has_mask)
+    with torch.autocast(mask.device.type, enabled=False):
+        readout = network.read_points(features, prompt)
+    conditioned = network.without_memory(features.embedding)
+    return network.decode_all(conditioned, features.stride_4, features.stride_8, readout, prompt)
 
 
 def _prompt(
@@ -208,9 +202,8 @@ def _track(
             readout, presence = network.read_affinity(now.keys.float(), prototypes, bias)
             mask_prompt = upsample(readout, 2)
     has_prompt = torch.full((rows,), bool(network.config.readout_dim), device=device)
-    every = network.decode_all(
-        conditioned, now.stride_4, now.stride_8, readout, points, labels, mask_prompt, has_prompt
-    )
+    prompt = PromptTensors(points, labels, mask_prompt, has_prompt)
+    every = network.decode_all(conditioned, now.stride_4, now.stride_8, readout, prompt)
     return every._replace(presence_logit=every.presence_logit + presence), class_logits
 
 
