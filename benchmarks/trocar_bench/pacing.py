@@ -17,9 +17,11 @@ from typing import Protocol
 
 Clock = Callable[[], int]
 """Monotonic, ns."""
-Sleep = Callable[[float], object]
-"""Waits for seconds, or less when it is woken."""
+Sleep = Callable[[float], None]
+"""Waits for seconds."""
 NS_PER_S = 1_000_000_000
+LONGEST_SLEEP_S = 0.1
+"""So that a stopped source notices."""
 
 
 class Pacing(Protocol):
@@ -48,16 +50,14 @@ class OpenLoop:
     Args:
         fps: frames per second.
         clock: monotonic, ns.
-        sleep: waits for so many seconds; None waits until `stop` at most.
+        sleep: of the same clock.
     """
 
-    def __init__(
-        self, fps: float, *, clock: Clock = time.perf_counter_ns, sleep: Sleep | None = None
-    ) -> None:
+    def __init__(self, fps: float, *, clock: Clock = time.perf_counter_ns, sleep: Sleep = time.sleep) -> None:
         self._fps = fps
         self._clock = clock
-        self._stopped = threading.Event()
-        self._sleep = sleep or self._stopped.wait
+        self._sleep = sleep
+        self._is_stopped = False
         self._start_ns = 0
         self._frame = 0
 
@@ -70,16 +70,18 @@ class OpenLoop:
         # From the start each time: adding up a rounded period would drift.
         due_ns = self._start_ns + round(self._frame * NS_PER_S / self._fps)
         self._frame += 1
-        while not self._stopped.is_set() and (early_ns := due_ns - self._clock()) > 0:
-            self._sleep(early_ns / NS_PER_S)
-        return None if self._stopped.is_set() else due_ns
+        # Not `Event.wait`: it counts from when it gets round to it, and just after a frame was sent everybody
+        # else wants this core. Measured with one core for all: 4.3 ms late in the median, 0.1 ms with this.
+        while not self._is_stopped and (early_ns := due_ns - self._clock()) > 0:
+            self._sleep(min(early_ns / NS_PER_S, LONGEST_SLEEP_S))
+        return None if self._is_stopped else due_ns
 
     def settle(self) -> None:
         """See `Pacing.settle`; a camera does not care."""
 
     def stop(self) -> None:
         """See `Pacing.stop`."""
-        self._stopped.set()
+        self._is_stopped = True
 
 
 class BackPressure:

@@ -34,6 +34,8 @@ ANNEX_B_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 INTER_CODECS = {"h264": Codec.H264, "hevc": Codec.HEVC}
 H264_SPS = 7
 HEVC_SPS = 33
+LARGEST_PICTURE_PX = 1 << 28
+"""More than any camera's; FFmpeg's own limit is a 31-bit number and is set to twice this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -143,8 +145,8 @@ class CodedSource:
 
     def read(self) -> Iterator[SourceFrame]:
         """Read the packets, with the picture that each of them gives."""
-        # What the server will see; the picture is for drawing only, so its size is not limited here.
-        video = VideoFormat(codec=self.codec, max_pixels=1 << 30)
+        # What the server will see; the picture is for drawing only, so its size is hardly limited here.
+        video = VideoFormat(codec=self.codec, max_pixels=LARGEST_PICTURE_PX)
         decoder = PacketDecoder(video)
         clock = _Clock(self._stream)
         for index, packet in enumerate(self._read_packets()):
