@@ -13,6 +13,7 @@ def write_video(path: Path, codec: str, frames: int = 5) -> list[np.ndarray]:
     pictures = []
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 30)
         stream.options = {"tune": "zerolatency", "crf": "12"} if codec.startswith("lib") else {}
