@@ -274,7 +274,11 @@ async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") ->
     server.stop_on_signals()
     await server.start()
     print(f"trocar serve: warming up {scheduler.default_model}", file=sys.stderr)
-    await server.warm_up()
+    try:
+        await server.warm_up()
+    except BaseException:
+        await server.stop()
+        raise
     print(f"trocar serve: serving on {server.address}; Ctrl-C stops", file=sys.stderr)
     return await server.run_until_stopped()
 
