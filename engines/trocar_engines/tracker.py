@@ -65,7 +65,8 @@ class KeptFrame:
     """A recent frame that a prompt may name.
 
     Args:
-        picture: its numbers; pixels are not kept.
+        frame_id: the client's number; `width_px` and `height_px` are the source picture's.
+        time_s: its presentation time.
         features: of one picture, B = 1.
         summary: float32 [C] pooled features.
     """
@@ -149,7 +150,6 @@ class Tracker:
     Args:
         runtime: executes the network.
         config: limits and memory.
-        classes: names of the class logits.
     """
 
     def __init__(self, runtime: Runtime, config: TrackerConfig) -> None:

@@ -55,10 +55,14 @@ class TrainConfig:
         clips: folder of rendered clips, see `store.render_store`.
         real: folders in DAVIS layout that join the mix.
         steps: optimiser steps in all.
-        learning_rate: peak of the one-cycle schedule.
+        learning_rate: peak, after warm-up; then half a cosine.
+        weight_decay: of matrices and filters; biases and norms have none.
         objects: objects a clip.
         stages: in order.
         mix: shares of the sources.
+        weights: of the loss terms.
+        seed: of weights, samples, prompts.
+        device: "cpu" or "cuda".
         save_every: steps between checkpoints.
         start_from: weights to begin with instead of random ones.
     """
