@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The build of sam2 asks for torch too; without the constraint it would take the newest one, with CUDA.
 INSTALL := SAM2_BUILD_CUDA=0 PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q
 BUF := npx --yes @bufbuild/buf@1.75.0
-CODE := service engines benchmarks tests proto/generate.py
+CODE := service engines benchmarks tests deploy proto/generate.py
 
 .PHONY: demo test check format lint types contract clean
 

@@ -31,6 +31,8 @@ def lively_network(config: NetworkConfig = TINY, seed: int = 0) -> SAM2S:
     with torch.no_grad():
         network.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(5.0)
         network.maskmem_tpos_enc.normal_()
+        if config.readout_dim:
+            network.sam_mask_decoder.refiner.adjust.weight.normal_(0, 0.1)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None

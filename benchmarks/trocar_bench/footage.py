@@ -54,6 +54,10 @@ class Footage:
 
     @cached_property
     def packets(self) -> tuple[bytes, ...]:
+        """One round as H.264 access units, as `encode` makes them; the first is the only keyframe."""
+        return self.encode(keyframe_interval=len(self.places))
+
+    def encode(self, *, keyframe_interval: int) -> tuple[bytes, ...]:
         """One round as H.264 access units in Annex B form, one per place; the first is a keyframe.
 
         Set like a camera's hardware encoder: no B-frames, which hold pictures back, and one slice a picture,
@@ -64,7 +68,7 @@ class Footage:
         context.width, context.height, context.pix_fmt = self.width_px, self.height_px, "yuv420p"
         context.framerate = Fraction(FRAME_RATE_HZ)
         context.time_base = 1 / context.framerate
-        context.gop_size = len(self.places)
+        context.gop_size = keyframe_interval
         context.thread_count = 1
         context.options = {
             "preset": "veryfast",

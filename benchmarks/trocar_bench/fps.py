@@ -1,11 +1,15 @@
 """`bench-fps`: how many frames a second, how late, and where the time goes.
 
-Two modes, so that the cost of the service shows as their difference:
+Two modes, so that the cost of the service shows as their difference, and one to compare with:
 
 - `engine`: pictures at the model's input size go straight into the scheduler of this process. No video, no
   coding of masks, no network: the tracker's own speed.
 - `service`: a `trocar serve` of its own, in a process of its own on a loopback port, gets H.264 through the
   Python client, as a video pipeline would send it, and answers with run-length masks at source resolution.
+- `reference`: sam2's own predictor and our engine in turn, a few frames each, on the same weights and
+  pictures, unpaced (see `reference_lane`). Prints how many times faster the engine is, and how far their mask
+  logits lie apart, with SAM 2's own memory (`vanilla`) unless told otherwise. On a GPU also sam2's build
+  `vos_optimized`.
 
 Two disciplines (see `pacing`):
 
@@ -26,196 +30,177 @@ What bounds the figures:
   before the reply and write_memory after it. "device" is the sum of their medians; a tick of that thread, and
   so one stream, cannot be faster than 1000 / device a second.
 - "between stages" is service latency that no stage accounts for: hops between threads, and waiting for the
-  interpreter or a core. It is what the service itself adds, and should be small.
+  interpreter or a core. "added, server" is that with preprocess and encode_masklets: all of the service's
+  latency but decoding, tracking and the wait for either. "added, client" is the same of the time from sent to
+  received. Both are taken frame by frame; their targets hold paced at 60 frames/s.
 - Client and server share the cores. "cpu" is CPU milliseconds a frame, which other work on the machine
   changes less than any wall-clock figure: n cores carry at most n * 1000 / cpu frames a second.
+- "of the arithmetic ceiling" and "of the bandwidth ceiling" compare what the network asks for with what this
+  device did in the same command (see `ceilings`). A stage far below both waits for something else.
 - "others" is CPU that neither of them used. A measurement worth quoting has next to none.
 
 The footage is 1.6 s of a held-out synthetic operation, to and fro without a cut, since a cut would lose the
 objects, and what is lost is cheap; "visible" is the share of masklets that had a mask. Objects are prompted
-by one click each on frame 0, before the clock starts.
+by one click each on frame 0, before the clock starts. A model without installed weights is measured with
+random ones, which cost as much, and under which "visible" means nothing.
 """
 
-import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trocar.cli import (
-    EXIT_EXPECTED_FAILURE,
-    EXIT_INTERRUPTED,
+    EngineOptions,
     StartScheduler,
-    add_engine_options,
-    read_engine_options,
+    run_command,
     start_scheduler,
 )
 from trocar.client import connect
+from trocar.client_core import Reconnect
+from trocar.tracking import TrackedStream
+from trocar_bench.capacity import Capacity, Limits, Probe, find_largest, name_limit
+from trocar_bench.ceilings import Ceilings, StageCost, count_costs, keep_best, measure_ceilings
 from trocar_bench.engine_lane import EngineLane
 from trocar_bench.footage import FOOTAGE_FRAMES, Footage, Render, render_footage
-from trocar_bench.fps_report import RunReport, describe_bench, find_slopes, name_run, print_tables
+from trocar_bench.fps_plot import draw_plot
+from trocar_bench.fps_report import (
+    BenchReport,
+    RunReport,
+    compare_runs,
+    describe_bench,
+    name_run,
+    print_tables,
+)
+from trocar_bench.fps_request import (
+    ENGINE,
+    MOST_OBJECTS,
+    REFERENCE,
+    SERVICE,
+    BenchRequest,
+    make_parser,
+    read_request,
+)
+from trocar_bench.frame_log import NothingTrackedError
+from trocar_bench.mask_comparison import MaskComparison
 from trocar_bench.process_meter import ProcessMeter
-from trocar_bench.serve_process import ServeProcess, ServerRequest, StartServer
+from trocar_bench.random_weights import write_random_weights
+from trocar_bench.reference_lane import (
+    BUILDS,
+    BuildReference,
+    ReferenceLane,
+    build_reference,
+)
+from trocar_bench.serve_process import ServeProcess, ServerRequest, ServerStart, StartServer
 from trocar_bench.service_lane import ServiceLane
-from trocar_bench.speed_run import Lane, RunPlan, SpeedRun, Watch
-from trocar_engines.errors import TrocarError
+from trocar_bench.speed_run import AlternatingRun, BlockLane, Lane, RunPlan, SpeedRun, Watch
+from trocar_engines.gpu_meter import GpuMeter
+from trocar_engines.masklets import UInt8Array
+from trocar_engines.memory.bank import MemoryPolicy
+from trocar_engines.models import DEFAULT_MODEL, bank_config, cpu_threads, model_entry
+from trocar_engines.network.config import NETWORKS
 from trocar_engines.preprocess import resize_to_model
+from trocar_engines.runtime.eager import EagerRuntime
+from trocar_engines.runtime.onnx import OnnxRuntime
+from trocar_engines.scheduler import DEFAULT_MEMORY
 
-MODES = ("engine", "service")
-LEAST_SIDE_PX, MOST_SIDE_PX = 64, 7_680
-MOST_FRAMES = 10_000_000
-Number = TypeVar("Number", int, float)
-EPILOG = """\
-examples:
-  bench-fps                                       both modes, one object, one stream, as fast as it goes
-  bench-fps --mode service --fps 60               a camera at 60 frames/s: latency and drops
-  bench-fps --mode engine --objects 1,2,4,8       what a further object costs
-  bench-fps --mode service --frames 20000         whether memory stays flat
-
-The last line on stdout is JSON: commit, versions, hardware, resolution, runs (mode, model, runtime, objects,
-streams, paced_fps, frames, fps, dropped, latency_ms, service_latency_ms, stages_ms, cpu_percent, rss_mb, ...)
-and ms_per_object, the slope over the numbers of objects.
-"""
+CPU_RUNTIMES = (OnnxRuntime.name, EagerRuntime.name)
+MeasureCeilings = Callable[[str, int], Ceilings]
 
 
-# --- the command ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a bench measures with; tests bring their own.
+
+    Args:
+        start_scheduler: makes the tracker of the modes `engine` and `reference`.
+        start_server: makes the server of the mode `service`.
+        render: makes the footage.
+        build_reference: makes sam2's predictor.
+        measure_ceilings: of a device, with so many threads.
+    """
+
+    start_scheduler: StartScheduler = start_scheduler
+    start_server: StartServer = ServeProcess
+    render: Render = render_footage
+    build_reference: BuildReference = build_reference
+    measure_ceilings: MeasureCeilings = measure_ceilings
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    *,
-    start_scheduler: StartScheduler = start_scheduler,
-    start_server: StartServer = ServeProcess,
-    render: Render = render_footage,
-) -> int:
+def main(arguments: Sequence[str] | None = None, parts: Parts | None = None) -> int:
     """Measure.
 
     Args:
         arguments: None for those of the process.
-        start_scheduler: makes the tracker of the mode `engine`.
-        start_server: makes the server of the mode `service`.
-        render: makes the footage.
+        parts: to measure with.
 
     Returns:
         0, or 2 after an expected failure, which one line on stderr tells.
     """
-    options = _make_parser().parse_args(arguments)
-    try:
-        Bench(options, start_scheduler, start_server, render).run()
-    except TrocarError as error:
-        print(f"bench-fps: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_EXPECTED_FAILURE
-    except KeyboardInterrupt:
-        print("bench-fps: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    options = make_parser().parse_args(arguments)
+
+    def run() -> int:
+        request = read_request(options)
+        with ExitStack() as resources:
+            Bench(request, parts or Parts(), resources).run()
+        return 0
+
+    return run_command("bench-fps", run)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(EXIT_EXPECTED_FAILURE)
+OpenLane = Callable[[RunPlan], Lane]
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="bench-fps",
-        description="Measure frames per second, latency and where the time goes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--mode", action="append", type=_modes, metavar="MODE,...", help="engine, service (default both)")
-    add("--fps", type=_rate, default=0.0, metavar="N", help="pace of each stream; 0, the default: unpaced")
-    add("--objects", type=_counts, default=(1,), metavar="N,...", help="per stream, a run each (default 1)")
-    add("--streams", type=_counts, default=(1,), metavar="N,...", help="at once, a run each (default 1)")
-    add("--frames", type=_count, default=600, metavar="N", help="of each stream (default %(default)s)")
-    add("--warmup", type=_whole, default=60, metavar="N", help="frames before these (default %(default)s)")
-    add("--resolution", type=_size, default=(1280, 720), metavar="WxH", help="default 1280x720")
-    add_engine_options(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class RunningModel:
+    """What tracks.
 
+    Args:
+        name: of the network.
+        runtime: that executes it.
+        memory: policy.
+    """
 
-def _modes(text: str) -> tuple[str, ...]:
-    modes = tuple(text.split(","))
-    for mode in modes:
-        if mode not in MODES:
-            raise argparse.ArgumentTypeError(f"{mode!r}: expected {' or '.join(MODES)}")
-    return modes
-
-
-def _rate(text: str) -> float:
-    return _number(float, text, 0, 1_000, "frames a second, 0 for unpaced")
-
-
-def _whole(text: str) -> int:
-    return _number(int, text, 0, MOST_FRAMES, "frames")
-
-
-def _count(text: str) -> int:
-    return _number(int, text, 1, MOST_FRAMES, "a whole number")
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_count(part) for part in text.split(",")))
-
-
-def _number(kind: Callable[[str], Number], text: str, lowest: int, highest: int, what: str) -> Number:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    # Not the other way round: nan is neither below nor above.
-    if value is None or not lowest <= value <= highest:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}, {lowest} to {highest}")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    sides = [int(side) if side.isdecimal() else 0 for side in (width, height)]
-    if any(side % 2 or not LEAST_SIDE_PX <= side <= MOST_SIDE_PX for side in sides):
-        limits = f"even sides of {LEAST_SIDE_PX} to {MOST_SIDE_PX} pixels"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected WxH with {limits}, such as 1280x720")
-    return sides[0], sides[1]
-
-
-# --- the runs -------------------------------------------------------------------------------------------
+    name: str
+    runtime: str
+    memory: str
 
 
 class Bench:
     """All runs of one command.
 
     Args:
-        options: parsed.
-        start_scheduler: makes the tracker of the mode `engine`.
-        start_server: makes the server of the mode `service`.
-        render: makes the footage.
+        request: what is asked.
+        parts: to measure with.
+        resources: closed when the command ends.
     """
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        start_scheduler: StartScheduler,
-        start_server: StartServer,
-        render: Render,
-    ) -> None:
-        self._options = options
-        self._render_footage = render
-        self._start_scheduler = start_scheduler
-        self._start_server = start_server
+    def __init__(self, request: BenchRequest, parts: Parts, resources: ExitStack) -> None:
+        self._request = request
+        self._parts = parts
+        self._resources = resources
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         is_shown = self._console.is_terminal
         self._progress = Progress(*columns, console=self._console, transient=True, disable=not is_shown)
+        self._model = request.engine.model or DEFAULT_MODEL
+        self._gpu = GpuMeter()
+        self._device = "cpu"
+        self._ceilings: Ceilings | None = None
+        self._capacities: list[Capacity] = []
+        self._start: ServerStart | None = None
+        self._costs: dict[tuple[RunningModel, int], dict[str, StageCost]] = {}
 
     def run(self) -> None:
         """Measure, then print table and JSON.
@@ -223,37 +208,74 @@ class Bench:
         Raises:
             TrocarError: a model cannot be loaded, a server does not start, or a stream broke.
         """
-        modes = dict.fromkeys(mode for group in self._options.mode or [MODES] for mode in group)
+        runs = {ENGINE: self._run_engine, SERVICE: self._run_service, REFERENCE: self._run_reference}
         with self._progress:
-            reports = [report for mode in modes for report in self._run_mode(mode)]
-        slopes = find_slopes(reports)
-        print_tables(reports, slopes)
-        print(json.dumps(describe_bench(reports, slopes, self._options.resolution)))
+            self._prepare_weights()
+            reports = [report for mode in self._request.modes for report in runs[mode]()]
+            ceilings = self._measure_ceilings()
+        bench = BenchReport(
+            runs=reports,
+            capacities=self._capacities,
+            ceilings=ceilings,
+            gpu=self._gpu,
+            resolution=self._request.resolution,
+            weights=self._weights_name,
+            start=self._start,
+        )
+        print_tables(bench)
+        print(json.dumps(describe_bench(bench)))
+        if self._request.plot is not None:
+            draw_plot(self._request.plot, reports, self._capacities)
 
     @cached_property
     def _footage(self) -> Footage:
         """Rendered when a tracker is ready: nobody should wait for it to learn of a mistyped model."""
-        width_px, height_px = self._options.resolution
+        width_px, height_px = self._request.resolution
         task = self._progress.add_task(f"rendering {width_px}x{height_px}", total=FOOTAGE_FRAMES)
-        return self._render_footage(width_px, height_px, on_frame=lambda: self._progress.advance(task))
+        return self._parts.render(width_px, height_px, on_frame=lambda: self._progress.advance(task))
 
-    def _run_mode(self, mode: str) -> Iterator[RunReport]:
-        plans = [
-            RunPlan(
-                mode=mode,
-                objects=objects,
-                streams=streams,
-                paced_fps=self._options.fps,
-                frames=self._options.frames,
-                warmup=self._options.warmup,
-            )
-            for streams, objects in product(self._options.streams, self._options.objects)
-        ]
-        yield from (self._run_engine if mode == "engine" else self._run_service)(plans)
+    def _prepare_weights(self) -> None:
+        """The file that every tracker of this command loads; made up where there is none."""
+        installed = self._request.engine.weights or model_entry(self._model).weights
+        if installed is not None:
+            self._weights, self._weights_name = installed, str(installed)
+            return
+        folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="bench-fps-")))
+        self._weights, self._weights_name = folder / f"{self._model}.safetensors", "random"
+        self._show_line(f"{self._model}: no weights are installed; measuring with random ones")
+        write_random_weights(self._model, self._weights)
 
-    def _run_engine(self, plans: Sequence[RunPlan]) -> Iterator[RunReport]:
-        engine = read_engine_options(self._options, max_streams=max(self._options.streams))
-        with closing(self._start_scheduler(engine)) as scheduler:
+    def _measure_ceilings(self) -> Ceilings:
+        """Once it is known which device, and again at the end: the higher ones are nearer the truth."""
+        ceilings = self._parts.measure_ceilings(self._device, cpu_threads())
+        return keep_best(self._ceilings, ceilings) if self._ceilings is not None else ceilings
+
+    def _note_running(self, name: str, runtime: str, memory: str) -> RunningModel:
+        """What tracks, and so which device is to be measured."""
+        if self._ceilings is None:
+            self._device = _find_device(runtime)
+            self._ceilings = self._measure_ceilings()
+        return RunningModel(name=name, runtime=runtime, memory=memory)
+
+    def _engine_options(self, *, memory: str = "") -> EngineOptions:
+        engine, limits = self._request.engine, self._request.limits
+        return EngineOptions(
+            model=engine.model,
+            memory=engine.memory or memory,
+            runtime=engine.runtime,
+            weights=self._weights if self._weights_name == "random" else engine.weights,
+            max_streams=self._most_streams(min(self._request.objects))
+            if limits
+            else max(self._request.streams),
+        )
+
+    @staticmethod
+    def _most_streams(objects: int) -> int:
+        """That the tracker has memory rows for."""
+        return MOST_OBJECTS // objects
+
+    def _run_engine(self) -> Iterator[RunReport]:
+        with closing(self._parts.start_scheduler(self._engine_options())) as scheduler:
             scheduler.warm_up()
             model, memory = scheduler.default_model, scheduler.default_memory
             card = scheduler.model_card(model)
@@ -265,43 +287,180 @@ class Bench:
                 )
                 return EngineLane(stream, plan, self._footage, inputs)
 
-            for plan in plans:
-                yield self._measure(plan, open_lane, card.name, card.runtime, ProcessMeter(None))
+            running = self._note_running(card.name, card.runtime, memory)
+            yield from self._run_plans(ENGINE, open_lane, running, ProcessMeter(None))
 
-    def _run_service(self, plans: Sequence[RunPlan]) -> Iterator[RunReport]:
+    def _run_service(self) -> Iterator[RunReport]:
         request = ServerRequest(
-            engine=read_engine_options(self._options, max_streams=max(self._options.streams)),
-            max_objects=max(self._options.objects),
-            on_line=self._show_line,
+            engine=self._engine_options(), max_objects=max(self._request.objects), on_line=self._show_line
         )
-        with self._start_server(request) as server, connect(server.address) as client:
+        with (
+            self._parts.start_server(request) as server,
+            connect(server.address, reconnect=Reconnect(timeout_s=0)) as client,
+        ):
+            self._start = server.start
             info = client.server_info()
             card = next(card for card in info.models if card.name == info.default_model)
 
             def open_lane(plan: RunPlan) -> Lane:
                 return ServiceLane(client, plan, self._footage)
 
-            for plan in plans:
-                yield self._measure(plan, open_lane, card.name, card.runtime, ProcessMeter(server.pid))
+            memory = self._request.engine.memory or DEFAULT_MEMORY
+            running = self._note_running(card.name, card.runtime, memory)
+            yield from self._run_plans(SERVICE, open_lane, running, ProcessMeter(server.pid))
+
+    def _run_plans(
+        self, mode: str, open_lane: OpenLane, running: RunningModel, meter: ProcessMeter
+    ) -> Iterator[RunReport]:
+        request = self._request
+        if request.limits is not None:
+            for objects in request.objects:
+                yield from self._seek_capacity(request.limits, mode, objects, open_lane, running, meter)
+            return
+        for streams, objects in product(request.streams, request.objects):
+            yield self._measure(request.make_plan(mode, objects, streams), open_lane, running, meter)
+
+    def _seek_capacity(
+        self,
+        limits: Limits,
+        mode: str,
+        objects: int,
+        open_lane: OpenLane,
+        running: RunningModel,
+        meter: ProcessMeter,
+    ) -> list[RunReport]:
+        reports: list[RunReport] = []
+
+        def probe(streams: int) -> Probe:
+            plan = self._request.make_plan(mode, objects, streams)
+            try:
+                reports.append(self._measure(plan, open_lane, running, meter))
+            except NothingTrackedError:
+                return Probe(streams=streams, p99_ms=None, drop_share=1.0, holds=False)
+            figures = reports[-1].figures
+            p99_ms, drop_share = figures.latency_ms.p99, figures.dropped / (plan.frames * streams)
+            holds = p99_ms <= limits.p99_ms and drop_share <= limits.drop_share
+            verdict = "holds" if holds else "beyond the limits"
+            self._show_line(f"{name_run(plan)}: p99 {p99_ms:.1f} ms, {drop_share:.2%} dropped: {verdict}")
+            return Probe(streams=streams, p99_ms=p99_ms, drop_share=drop_share, holds=holds)
+
+        probes = find_largest(self._most_streams(objects), probe)
+        self._capacities.append(
+            Capacity(
+                mode=mode,
+                objects=objects,
+                paced_fps=self._request.paced_fps,
+                limits=limits,
+                streams=max((one.streams for one in probes if one.holds), default=0),
+                limited_by=name_limit(probes, limits),
+                probes=tuple(probes),
+            )
+        )
+        return reports
+
+    def _run_reference(self) -> Iterator[RunReport]:
+        options = self._engine_options(memory=MemoryPolicy.VANILLA.value)
+        with closing(self._parts.start_scheduler(options)) as scheduler:
+            scheduler.warm_up()
+            model, memory = scheduler.default_model, scheduler.default_memory
+            card = scheduler.model_card(model)
+            inputs = [resize_to_model(picture, card.input_size_px) for picture in self._footage.pictures]
+            running = self._note_running(card.name, card.runtime, memory)
+            # sam2's other build is compiled, which takes a GPU.
+            builds = BUILDS if self._device == "cuda" else BUILDS[:1]
+            predictors = {
+                build: self._parts.build_reference(
+                    self._model, self._weights, build=build, device=self._device
+                )
+                for build in builds
+            }
+            for objects in self._request.objects:
+                stream = scheduler.open_stream(model=model, memory=memory, is_live=False, max_objects=objects)
+                plan = self._request.make_plan(REFERENCE, objects, 1)
+                yield from self._compare(plan, stream, inputs, predictors, running)
+
+    def _compare(
+        self,
+        plan: RunPlan,
+        stream: TrackedStream,
+        inputs: Sequence[UInt8Array],
+        predictors: Mapping[str, Any],
+        running: RunningModel,
+    ) -> Iterator[RunReport]:
+        """The engine and every build of the reference, in turn."""
+        masks = MaskComparison()
+        lanes: list[BlockLane] = [
+            EngineLane(stream, plan, self._footage, inputs, window=1, on_masks=masks.record(ENGINE)),
+            *(
+                ReferenceLane(predictor, plan, self._footage, inputs, on_masks=masks.record(build))
+                for build, predictor in predictors.items()
+            ),
+        ]
+        name = name_run(plan)
+        task = self._progress.add_task(name, total=len(lanes) * (plan.warmup + plan.frames))
+        run = AlternatingRun(plan, lanes, ProcessMeter(None), self._gpu, lambda: self._progress.advance(task))
+        (ours, our_usage), *theirs = run.run()
+        self._progress.remove_task(task)
+        costs = self._count_costs(running, plan.objects)
+        engine = RunReport(
+            plan=dataclasses.replace(plan, mode=ENGINE),
+            model=running.name,
+            runtime=running.runtime,
+            figures=ours,
+            usage=our_usage,
+            costs=costs,
+        )
+        references = [
+            RunReport(plan=plan, model=running.name, runtime=build, figures=figures, usage=usage, costs=costs)
+            for build, (figures, usage) in zip(predictors, theirs, strict=True)
+        ]
+        comparisons = [
+            compare_runs(engine, reference, masks.compare(ENGINE, reference.runtime))
+            for reference in references
+        ]
+        # The engine's own column tells of the predictor as it is.
+        yield dataclasses.replace(engine, comparison=comparisons[0])
+        for reference, comparison in zip(references, comparisons, strict=True):
+            self._show_line(f"{name}, {reference.runtime}: the engine is {comparison.ratio:.2f}x as fast")
+            yield dataclasses.replace(reference, comparison=comparison)
+
+    def _measure(
+        self, plan: RunPlan, open_lane: OpenLane, running: RunningModel, meter: ProcessMeter
+    ) -> RunReport:
+        name = name_run(plan)
+        task = self._progress.add_task(name, total=1 + plan.warmup + plan.frames)
+        watch = Watch(meter, self._gpu, lambda settled: self._progress.update(task, completed=settled))
+        try:
+            figures, usage = SpeedRun(plan, open_lane, watch).run()
+        finally:
+            self._progress.remove_task(task)
+        self._show_line(f"{name}: {figures.fps:.1f} frames/s")
+        return RunReport(
+            plan=plan,
+            model=running.name,
+            runtime=running.runtime,
+            figures=figures,
+            usage=usage,
+            costs=self._count_costs(running, plan.objects),
+        )
+
+    def _count_costs(self, running: RunningModel, objects: int) -> dict[str, StageCost]:
+        """What a frame asks of the device; nothing for a model that is not ours to count."""
+        if running.name not in NETWORKS:
+            return {}
+        if (running, objects) not in self._costs:
+            entry = model_entry(running.name)
+            bank = bank_config(entry, running.memory)
+            self._costs[running, objects] = count_costs(entry.config, bank, objects)
+        return self._costs[running, objects]
 
     def _show_line(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _measure(
-        self,
-        plan: RunPlan,
-        open_lane: Callable[[RunPlan], Lane],
-        model: str,
-        runtime: str,
-        meter: ProcessMeter,
-    ) -> RunReport:
-        name = name_run(plan)
-        task = self._progress.add_task(name, total=1 + plan.warmup + plan.frames)
-        watch = Watch(meter, lambda settled: self._progress.update(task, completed=settled))
-        figures, usage = SpeedRun(plan, open_lane, watch).run()
-        self._progress.remove_task(task)
-        self._console.print(f"{name}: {figures.fps:.1f} frames/s", highlight=False)
-        return RunReport(plan=plan, model=model, runtime=runtime, figures=figures, usage=usage)
+
+def _find_device(runtime: str) -> str:
+    """Where a runtime computes, so that the reference and the ceilings are taken there too."""
+    return "cuda" if runtime not in CPU_RUNTIMES and torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

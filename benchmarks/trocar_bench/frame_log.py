@@ -22,6 +22,12 @@ UNSTEADY_SPREAD = 0.1
 NEVER = -1
 AFTER_REPLY = "write_memory"
 """The one stage that a reply does not wait for; what is reported with a frame is that of the frame before."""
+OF_OTHERS = ("decode", "queue", "encode_image", "attend_memory", "decode_masks", "readback")
+"""Decoding, tracking and the wait for either: the rest of a frame's time is what the service adds."""
+
+
+class NothingTrackedError(TrocarError):
+    """A stream got no result at all: an overload beyond measure."""
 
 
 class FrameLog:
@@ -100,6 +106,14 @@ class FrameLog:
         counted: Int64Array = values[first:][self.received_ns[first:] != NEVER]
         return counted
 
+    def beyond(self, stages: Iterable[str], whole_ns: Int64Array) -> Int64Array:
+        """What is left of durations without some stages; of the frames that count and were answered."""
+        rest_ns = whole_ns.copy()
+        for stage in stages:
+            if stage in self.stage_ns:
+                rest_ns -= self.stage_ns[stage]
+        return self.counted(rest_ns)
+
     @property
     def missing(self) -> set[int]:
         """Frames that count and have no result."""
@@ -114,7 +128,36 @@ class Percentiles:
     p50: float
     p95: float
     p99: float
+    p99_9: float
     max: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Timeline:
+    """Latency over time, of every frame that counts and was answered, stream after stream.
+
+    Args:
+        at_s: from the start of the run to when the frame was due (paced) or sent (unpaced).
+        latency_ms: from then to its result.
+    """
+
+    at_s: Float64Array
+    latency_ms: Float64Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Added:
+    """What the service adds to decoding and tracking, and to the wait for them, ms.
+
+    Args:
+        server: of service latency: fitting pictures to the network, coding masks, hops between threads.
+        client: from sent to received, so with both transports and the client's own work.
+        between: the part of `server` that no stage accounts for.
+    """
+
+    server: Percentiles
+    client: Percentiles
+    between: Percentiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,26 +167,33 @@ class Figures:
     Args:
         fps: results a second, all streams together.
         window_fps: the same in each of `WINDOWS` consecutive parts of the run; empty when it was too short.
-        dropped: frames that got no result.
+        dropped_ids: frames that got no result, of each stream.
         unreported: those of them of which nobody told us; anything but 0 is a defect of the service.
         source_late_ms: from due to sent, a part of the latency that is our own: of a camera it would be 0.
         latency_ms: from due (paced) or sent (unpaced) to received.
         service_latency_ms: as the server measured it; None without a service.
-        stages_ms: median of each stage that ran, in the order of the design.
-        between_ms: median of the service latency that no stage accounts for; None without a service.
+        stages_ms: of each stage that ran, in the order of the design.
+        added_ms: what the service adds; None without one.
         visible_share: of the masklets, those with a mask; None without objects.
+        timeline: latency of each frame.
     """
 
     fps: float
     window_fps: tuple[float, ...]
-    dropped: int
+    dropped_ids: tuple[tuple[int, ...], ...]
     unreported: int
     source_late_ms: Percentiles
     latency_ms: Percentiles
     service_latency_ms: Percentiles | None
-    stages_ms: dict[str, float]
-    between_ms: float | None
+    stages_ms: dict[str, Percentiles]
+    added_ms: Added | None
     visible_share: float | None
+    timeline: Timeline
+
+    @property
+    def dropped(self) -> int:
+        """Frames that got no result, of all streams."""
+        return sum(len(frame_ids) for frame_ids in self.dropped_ids)
 
     @property
     def fps_spread(self) -> float | None:
@@ -164,24 +214,29 @@ def sum_up(logs: Sequence[FrameLog], started_ns: int) -> Figures:
         started_ns: when the first frame after frame 0 was due.
 
     Raises:
-        TrocarError: a stream got no result at all.
+        NothingTrackedError: a stream got no result at all.
     """
     if any(log.counted(log.received_ns).size == 0 for log in logs):
-        raise TrocarError("no frame that counts was tracked: ask for more frames, or for fewer a second")
+        raise NothingTrackedError(
+            "no frame that counts was tracked: ask for more frames, or for fewer a second"
+        )
     ticks = find_ticks(logs, started_ns)
     service = _collect_ms(log.counted(log.service_ns) for log in logs if (log.service_ns != NEVER).any())
+    latency_ms = _collect_ms(log.counted(log.received_ns - log.due_ns) for log in logs)
+    due_ms = _collect_ms(log.counted(log.due_ns - started_ns) for log in logs)
     masklets = sum(log.masklets for log in logs)
     return Figures(
         fps=rate(ticks),
         window_fps=tuple(window_rates(ticks)),
-        dropped=sum(len(log.missing) for log in logs),
+        dropped_ids=tuple(tuple(sorted(log.missing)) for log in logs),
         unreported=sum(len(log.missing - log.reported) for log in logs),
         source_late_ms=percentiles(_collect_ms(log.counted(log.sent_ns - log.due_ns) for log in logs)),
-        latency_ms=percentiles(_collect_ms(log.counted(log.received_ns - log.due_ns) for log in logs)),
+        latency_ms=percentiles(latency_ms),
         service_latency_ms=percentiles(service) if service.size else None,
-        stages_ms=_stage_medians(logs),
-        between_ms=_between_ms(logs) if service.size else None,
+        stages_ms=_sum_up_stages(logs),
+        added_ms=_sum_up_added(logs) if service.size else None,
         visible_share=sum(log.visible_masklets for log in logs) / masklets if masklets else None,
+        timeline=Timeline(at_s=due_ms / 1e3, latency_ms=latency_ms),
     )
 
 
@@ -223,9 +278,9 @@ def measure_spread(rates: Sequence[float]) -> float:
 
 
 def percentiles(values_ms: Float64Array) -> Percentiles:
-    """p50, p95, p99 and maximum; values between two ranks are interpolated."""
-    p50, p95, p99, largest = np.percentile(values_ms, [50, 95, 99, 100]).tolist()
-    return Percentiles(p50=p50, p95=p95, p99=p99, max=largest)
+    """p50, p95, p99, p99.9 and maximum; values between two ranks are interpolated."""
+    p50, p95, p99, p99_9, largest = np.percentile(values_ms, [50, 95, 99, 99.9, 100]).tolist()
+    return Percentiles(p50=p50, p95=p95, p99=p99, p99_9=p99_9, max=largest)
 
 
 def slope_per_object(ms_by_objects: Sequence[tuple[int, float]]) -> float | None:
@@ -241,21 +296,22 @@ def slope_per_object(ms_by_objects: Sequence[tuple[int, float]]) -> float | None
     return linear_regression(objects, ms).slope if len(set(objects)) > 1 else None
 
 
-def _stage_medians(logs: Sequence[FrameLog]) -> dict[str, float]:
-    medians = {}
+def _sum_up_stages(logs: Sequence[FrameLog]) -> dict[str, Percentiles]:
+    stages = {}
     for stage in STAGES:
         durations = _collect_ms(log.counted(log.stage_ns[stage]) for log in logs if stage in log.stage_ns)
         if durations.size:
-            medians[stage] = float(np.median(durations))
-    return medians
+            stages[stage] = percentiles(durations)
+    return stages
 
 
-def _between_ms(logs: Sequence[FrameLog]) -> float:
-    rest = []
-    for log in logs:
-        stages = [log.counted(ns) for stage, ns in log.stage_ns.items() if stage != AFTER_REPLY]
-        rest.append(log.counted(log.service_ns) - np.sum(stages, axis=0, dtype=np.int64))
-    return float(np.median(_collect_ms(rest)))
+def _sum_up_added(logs: Sequence[FrameLog]) -> Added:
+    answered = {stage for log in logs for stage in log.stage_ns} - {AFTER_REPLY}
+    return Added(
+        server=percentiles(_collect_ms(log.beyond(OF_OTHERS, log.service_ns) for log in logs)),
+        client=percentiles(_collect_ms(log.beyond(OF_OTHERS, log.received_ns - log.sent_ns) for log in logs)),
+        between=percentiles(_collect_ms(log.beyond(answered, log.service_ns) for log in logs)),
+    )
 
 
 def _collect_ms(durations_ns: Iterable[Int64Array]) -> Float64Array:

@@ -2,8 +2,11 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 PROC = Path("/proc")
 RESET_PEAK = "5"
@@ -13,6 +16,8 @@ STAT_USER, STAT_SYSTEM = 11, 12
 """Fields 14 and 15 of /proc/PID/stat, counted from after the command's name, which may hold spaces."""
 IDLE_FIELDS = (3, 4)
 """idle and iowait, of a core's line in /proc/stat."""
+WARM_UP_SHARE = 0.1
+COMPARED_READINGS = 10
 COUNTED_FIELDS = 8
 """user to steal; guest time, which follows, is part of user time."""
 
@@ -67,6 +72,22 @@ def compare(before: CpuReading, after: CpuReading) -> CpuUse:
         client_percent=100 * client_s / seconds,
         server_percent=None if server_s is None else 100 * server_s / seconds,
         others_percent=None if others_s is None else 100 * others_s / seconds,
+    )
+
+
+def add_up(stretches: Sequence[CpuUse]) -> CpuUse:
+    """What was used in several stretches, at least one, together."""
+    seconds = sum(one.seconds for one in stretches)
+
+    def mean(percents: Sequence[float | None]) -> float | None:
+        told = [p * one.seconds for p, one in zip(percents, stretches, strict=True) if p is not None]
+        return sum(told) / seconds if len(told) == len(stretches) else None
+
+    return CpuUse(
+        seconds=seconds,
+        client_percent=sum(one.client_percent * one.seconds for one in stretches) / seconds,
+        server_percent=mean([one.server_percent for one in stretches]),
+        others_percent=mean([one.others_percent for one in stretches]),
     )
 
 
@@ -146,3 +167,25 @@ class ProcessMeter:
 
 def _ticks_per_s() -> int:
     return os.sysconf("SC_CLK_TCK")
+
+
+class MemoryFigures(NamedTuple):
+    """Medians of ten readings each, after a tenth of the time and at the end, MB; allocators breathe."""
+
+    after_warm_up_mb: float
+    end_mb: float
+    growth_percent: float
+
+
+def compare_memory(readings_mb: Sequence[float]) -> MemoryFigures | None:
+    """What the readings come to; None when there are too few."""
+    warm = after_warm_up(readings_mb)
+    if len(warm) < 2 * COMPARED_READINGS:
+        return None
+    first, last = (float(median(part)) for part in (warm[:COMPARED_READINGS], warm[-COMPARED_READINGS:]))
+    return MemoryFigures(round(first, 1), round(last, 1), round(100 * (last - first) / first, 2))
+
+
+def after_warm_up(values: Sequence[float]) -> Sequence[float]:
+    """What comes after the first tenth."""
+    return values[int(len(values) * WARM_UP_SHARE) :]

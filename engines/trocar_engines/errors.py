@@ -8,7 +8,10 @@
     ├── StreamLimitError        as many streams as the scheduler admits
     ├── UnknownModelError       no model of that name
     ├── CheckpointError         weights that are unreadable or belong to another network
-    └── EngineMismatchError     an exported engine that belongs to other weights, device or version
+    ├── EngineMismatchError     an exported engine that belongs to other weights, device or version
+    ├── DeviceFaultError        the device failed; nothing that it says can be trusted
+    ├── PlanBuildError          a graph of which TensorRT makes no plan
+    └── RuntimeUnavailableError a runtime that is not installed, or a device that is absent or too small
 
 Anything else is a defect of ours.
 """
@@ -16,9 +19,12 @@ Anything else is a defect of ours.
 __all__ = [
     "CapacityError",
     "CheckpointError",
+    "DeviceFaultError",
     "EngineMismatchError",
     "FrameNotKeptError",
     "InvalidPromptError",
+    "PlanBuildError",
+    "RuntimeUnavailableError",
     "StreamLimitError",
     "TrocarError",
     "UnknownModelError",
@@ -60,3 +66,15 @@ class CheckpointError(TrocarError):
 
 class EngineMismatchError(TrocarError):
     """An exported engine made for other weights, another device or another runtime version."""
+
+
+class RuntimeUnavailableError(TrocarError):
+    """A runtime that this machine cannot offer: a package, a device or memory is missing."""
+
+
+class PlanBuildError(TrocarError):
+    """TensorRT cannot make a plan of a graph."""
+
+
+class DeviceFaultError(TrocarError):
+    """The device failed earlier; the server has to be started anew."""

@@ -6,11 +6,11 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -18,22 +18,24 @@ from torch.export import Dim
 import trocar_engines.network.attention
 import trocar_engines.network.config
 import trocar_engines.network.decoder
+import trocar_engines.network.precision
 import trocar_engines.network.readout
 import trocar_engines.network.sam2s
 import trocar_engines.network.semantic
 import trocar_engines.network.trunk
-from trocar_engines.memory.pool import READOUT_SLOTS
+from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView, PromptTensors
 
 OPSET = 20
 """17 does not export, 23 brings an Attention operator that ONNX Runtime runs slower (measured)."""
 STAGES = ("encode_image", "attend_memory", "track_masks", "decode_prompt", "encode_memory")
+StageFunction = Callable[..., tuple[Tensor, ...]]
 
 
 class _Stage(nn.Module):
     """A method of the network as a module of its own, which is what the exporter takes."""
 
-    def __init__(self, network: SAM2S, run: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, network: SAM2S, run: StageFunction) -> None:
         super().__init__()
         self.network = network
         self.run = run
@@ -42,24 +44,29 @@ class _Stage(nn.Module):
         return self.run(*tensors)
 
 
-def export_stages(network: SAM2S, folder: Path, on_stage: Callable[[str], None]) -> dict[str, Path]:
+def export_stages(
+    network: SAM2S, folder: Path, on_stage: Callable[[str], None], stages: Sequence[str] = STAGES
+) -> dict[str, Path]:
     """Write every stage that is not in `folder` yet; returns their paths.
 
     Args:
-        network: with its weights.
+        network: with its weights, on the CPU.
         folder: of this network's engines, from `engine_folder`.
         on_stage: called with a stage's name before it is exported.
+        stages: which of `stage_functions`.
     """
-    paths = {stage: folder / f"{stage}.onnx" for stage in STAGES}
-    missing = [stage for stage in STAGES if not paths[stage].exists()]
+    paths = {stage: folder / f"{stage}.onnx" for stage in stages}
+    missing = [stage for stage in stages if not paths[stage].exists()]
     if not missing:
         return paths
     folder.mkdir(parents=True, exist_ok=True)
     network = network.eval().requires_grad_(False)
-    graphs = _graphs(network)
+    functions, dynamic = stage_functions(network), _dynamic_shapes()
+    # Odd sizes, so that the exporter cannot mistake one dimension for another.
+    examples = example_inputs(network, rows=2, slots=5, pointers=4, points=3)
     for stage in missing:
         on_stage(stage)
-        _export(network, *graphs[stage], paths[stage])
+        _export(network, functions[stage], examples[stage], dynamic[stage], paths[stage])
     return paths
 
 
@@ -75,10 +82,10 @@ def engine_folder(cache: Path, network: SAM2S) -> Path:
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     digest.update(repr(network.config).encode())
     network_code = trocar_engines.network
-    for module in ("attention", "config", "decoder", "readout", "sam2s", "semantic", "trunk"):
+    for module in ("attention", "config", "decoder", "precision", "readout", "sam2s", "semantic", "trunk"):
         digest.update(Path(getattr(network_code, module).__file__).read_bytes())
     digest.update(Path(__file__).read_bytes())
-    digest.update(f"{torch.__version__} {onnx.__version__} {OPSET}".encode())
+    digest.update(f"{torch.__version__} {version('onnx')} {OPSET}".encode())
     return cache / digest.hexdigest()[:16]
 
 
@@ -87,80 +94,107 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "trocar" / "engines"
 
 
-def _graphs(network: SAM2S) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], Any]]:
-    """Per stage: the function, example inputs and which of their dimensions vary."""
+def stage_functions(network: SAM2S) -> dict[str, StageFunction]:
+    """Every stage as a function of bare tensors, in the order of `example_inputs`.
+
+    `attend_full` is `attend_memory` for banks without an empty place; it does not read the biases.
+    """
+    return {
+        "encode_image": network.encode_image,
+        "attend_memory": lambda embedding, *view: network.attend_memory(embedding, MemoryView(*view)),
+        "attend_full": lambda embedding, *view: network.attend_memory(
+            embedding, MemoryView(*view), is_full=True
+        ),
+        "track_masks": network.track_masks,
+        "decode_prompt": lambda conditioned, stride_4, stride_8, keys, points, labels, mask, *flags: (
+            network.decode_prompt(
+                ImageFeatures(conditioned, stride_4, stride_8, keys),
+                PromptTensors(points, labels, mask, flags[0]),
+                flags[1],
+            )
+        ),
+        "encode_memory": network.encode_memory,
+    }
+
+
+def example_inputs(
+    network: SAM2S, *, rows: int, slots: int, pointers: int, points: int
+) -> dict[str, tuple[Tensor, ...]]:
+    """Inputs of every stage on the network's device: random pictures, and what the network makes of one.
+
+    Args:
+        network: computes the inputs of later stages.
+        rows: of every batch.
+        slots: memory slots of each; none is empty, as none of its pointers.
+        pointers: object pointers of each.
+        points: of a prompt.
+    """
     config = network.config
-    # Odd sizes, so that the exporter cannot mistake one dimension for another.
-    batch, slots, pointers, points = 2, 5, 4, 3
-    pixels = torch.zeros(batch, config.input_size_px, config.input_size_px, 3, dtype=torch.uint8)
-    features = network.encode_image(pixels)
-    logits = torch.zeros(batch, config.mask_size, config.mask_size)
-    flags = torch.zeros(batch, dtype=torch.bool)
-    spatial, prototypes = network.encode_memory(
-        features.embedding, features.keys, logits, logits[:, 0, 0], flags
-    )
-    rows, slot_axis, pointer_axis, point_axis = Dim("rows"), Dim("slots"), Dim("pointers"), Dim("points")
+    device = network.image_mean.device
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    size = config.input_size_px
+    pixels = torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8, generator=generator).to(device)
+    logits = 4 * normal(rows, config.mask_size, config.mask_size)
+    flags = torch.zeros(rows, dtype=torch.bool, device=device)
+    # One picture for all rows: encoding as many would take more memory than a batch of objects does.
+    one = network.encode_image(pixels[:1])
+    memory = network.encode_memory(one.embedding, one.keys, logits[:1], normal(1).abs(), flags[:1])
+    features = ImageFeatures(*(maps.repeat(rows, 1, 1, 1) for maps in one))
+    spatial, prototypes = (part.repeat(rows, *[1] * (part.ndim - 1)) for part in memory)
     view = MemoryView(
         spatial=spatial.unsqueeze(1).repeat(1, slots, 1, 1, 1),
-        slot_time=torch.zeros(batch, slots, dtype=torch.int64),
-        slot_bias=torch.zeros(batch, slots),
-        pointers=torch.zeros(batch, pointers, config.d_model),
-        pointer_age=torch.zeros(batch, pointers),
-        pointer_bias=torch.zeros(batch, pointers),
+        slot_time=torch.arange(slots, device=device).repeat(rows, 1) % config.num_maskmem,
+        slot_bias=torch.zeros(rows, slots, device=device),
+        pointers=normal(rows, pointers, config.d_model),
+        pointer_age=torch.arange(pointers, device=device).repeat(rows, 1).float(),
+        pointer_bias=torch.zeros(rows, pointers, device=device),
     )
-    slot_dims, pointer_dims = {0: rows, 1: slot_axis}, {0: rows, 1: pointer_axis}
-    only_rows = {0: rows}
-    maps = (features.stride_4, features.stride_8)
+    maps = (features.stride_4, features.stride_8, features.keys)
+    remembered = prototypes.unsqueeze(1).repeat(1, READOUT_SLOTS, 1, 1)
+    token = network.without_class_memory(rows).clone()
     return {
-        "encode_image": (network.encode_image, (pixels,), (only_rows,)),
-        "attend_memory": (
-            lambda embedding, *memory: network.attend_memory(embedding, MemoryView(*memory)),
-            (features.embedding, *view),
-            (only_rows, slot_dims, slot_dims, slot_dims, pointer_dims, pointer_dims, pointer_dims),
-        ),
-        "track_masks": (
-            network.track_masks,
-            (
-                features.embedding,
-                *maps,
-                features.keys,
-                prototypes.unsqueeze(1).repeat(1, READOUT_SLOTS, 1, 1, 1, 1),
-                torch.zeros(batch, READOUT_SLOTS),
-            ),
-            (only_rows,) * 6,
-        ),
+        "encode_image": (pixels,),
+        "attend_memory": (features.embedding, *view),
+        "attend_full": (features.embedding, *view),
+        "track_masks": (features.embedding, *maps, remembered, token),
         "decode_prompt": (
-            lambda conditioned, stride_4, stride_8, keys, points, labels, mask, has_mask, is_multimask: (
-                network.decode_prompt(
-                    ImageFeatures(conditioned, stride_4, stride_8, keys),
-                    PromptTensors(points, labels, mask, has_mask),
-                    is_multimask,
-                )
-            ),
-            (
-                features.embedding,
-                *maps,
-                features.keys,
-                torch.zeros(batch, points, 2),
-                torch.zeros(batch, points, dtype=torch.int64),
-                logits.unsqueeze(1),
-                # Two tensors: the exporter takes the same one for one input.
-                flags,
-                flags.clone(),
-            ),
-            (*(only_rows,) * 4, *({0: rows, 1: point_axis},) * 2, *(only_rows,) * 3),
+            features.embedding,
+            *maps,
+            size * torch.rand(rows, points, 2, generator=generator).to(device),
+            torch.ones(rows, points, dtype=torch.int64, device=device),
+            logits.unsqueeze(1),
+            # Two tensors: the exporter takes the same one for one input.
+            flags,
+            flags.clone(),
         ),
-        "encode_memory": (
-            network.encode_memory,
-            (features.embedding, features.keys, logits, logits[:, 0, 0], flags),
-            (only_rows,) * 5,
-        ),
+        "encode_memory": (features.embedding, features.keys, logits, normal(rows).abs(), flags),
+    }
+
+
+def _dynamic_shapes() -> dict[str, tuple[Any, ...]]:
+    """Per stage, which dimensions of its inputs vary."""
+    rows = Dim("rows")
+    only_rows = {0: rows}
+    slots, pointers = {0: rows, 1: Dim("slots")}, {0: rows, 1: Dim("pointers")}
+    points = {0: rows, 1: Dim("points")}
+    attend = (only_rows, slots, slots, slots, pointers, pointers, pointers)
+    return {
+        "encode_image": (only_rows,),
+        "attend_memory": attend,
+        "attend_full": attend,
+        "track_masks": (only_rows,) * 6,
+        "decode_prompt": (*(only_rows,) * 4, points, points, *(only_rows,) * 3),
+        "encode_memory": (only_rows,) * 5,
     }
 
 
 def _export(
     network: SAM2S,
-    run: Callable[..., tuple[Tensor, ...]],
+    run: StageFunction,
     inputs: tuple[Tensor, ...],
     dynamic: Any,
     path: Path,

@@ -10,6 +10,10 @@ UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
+MOST_POINTS = 256
+"""Of an object on a frame, prompts added up: the decoder attends to every one; far more than anyone taps, far
+less than an attack."""
+
 
 class ObjectState(enum.Enum):
     """Where an object is, as far as the tracker can tell."""

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
-from trocar_engines.errors import StreamLimitError, UnknownModelError
+from trocar_engines.errors import DeviceFaultError, StreamLimitError, UnknownModelError
 from trocar_engines.export import default_cache
 from trocar_engines.masklets import FrameMasklets, Picture, Prompt, PromptOutcome
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
@@ -28,15 +29,19 @@ from trocar_engines.models import (
     model_entry,
     set_torch_threads,
 )
+from trocar_engines.plans import device_shapes, load_gpu_runtime
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
 from trocar_engines.runtime.onnx import OnnxRuntime
-from trocar_engines.tracker import Tracker, TrackerConfig
+from trocar_engines.tracker import StreamState, Tracker, TrackerConfig
 
-RUNTIMES = ("auto", "onnx", "eager")
+RUNTIMES = ("auto", "onnx", "eager", "cuda", "tensorrt")
 QUEUE_CAPACITY = 4
 """Pictures that may wait on a stream on which nothing is dropped; more is the caller's mistake."""
 WARM_UP_FRAMES = 3
+DEVICE_FAULTS = (torch.AcceleratorError, torch.OutOfMemoryError)
+"""What a GPU that faults, vanishes or fills up raises, at whatever call comes next."""
+DEVICE_FAILED = "the server's device failed and the server ends: connect again once it is restarted"
 DEFAULT_MEMORY = MemoryPolicy.FIFO.value
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -48,7 +53,8 @@ class SchedulerConfig:
 
     Args:
         model: the default model; others are loaded when a stream asks for them.
-        runtime: "auto" (ONNX Runtime on the CPU), "onnx" or "eager".
+        runtime: one of `RUNTIMES`. "auto" takes a GPU where there is one, with those TensorRT plans that
+            proved faster than captured graphs; else ONNX Runtime on the CPU.
         memory: default memory policy.
         max_streams: streams at once.
         max_objects: objects of all streams together, per model.
@@ -87,6 +93,13 @@ class _Command(Generic[Result]):
     needs_frame: bool = False
 
 
+class MemoryRows(NamedTuple):
+    """Rows of one model's memory; an object owns one."""
+
+    in_use: int
+    total: int
+
+
 class TrackedStream:
     """One stream's door to the scheduler; every method may be called from any thread.
 
@@ -96,7 +109,7 @@ class TrackedStream:
     def __init__(
         self,
         scheduler: "Scheduler",
-        model: "_LoadedModel",
+        model: "LoadedModel",
         bank: BankConfig,
         *,
         is_live: bool,
@@ -127,8 +140,16 @@ class TrackedStream:
         return future
 
     def prompt(self, prompt: Prompt) -> "Future[PromptOutcome]":
-        """Add, refine or replace an object; the future raises InvalidPromptError or CapacityError."""
+        """Add, refine or replace an object; the future raises InvalidPromptError or CapacityError.
+
+        An object prompted on a frame of the past is brought to the present step by step: on a live stream
+        between pictures, otherwise before the next picture.
+        """
         return self._command(lambda: self.model.tracker.prompt(self.state, prompt), needs_frame=True)
+
+    def pin(self, frame_id: int) -> "Future[int]":
+        """Keep a frame for prompts until another is pinned; the future raises FrameNotKeptError."""
+        return self._command(lambda: self.model.tracker.pin(self.state, frame_id), needs_frame=True)
 
     def remove_object(self, object_id: int) -> "Future[None]":
         """Forget an object; the future raises UnknownObjectError."""
@@ -150,9 +171,15 @@ class TrackedStream:
 
 
 @dataclass(kw_only=True, eq=False)
-class _LoadedModel:
+class LoadedModel:
+    """A model ready to track."""
+
     entry: ModelEntry
     tracker: Tracker
+
+
+LoadModel = Callable[[str, SchedulerConfig, Callable[[str], None]], LoadedModel]
+"""See `load_model`."""
 
 
 class Scheduler:
@@ -161,25 +188,44 @@ class Scheduler:
     Args:
         config: what to load and how much to admit.
         on_progress: called with a line of text while engines are exported.
+        load: loads a model by name, `load_model` unless told otherwise.
 
     Raises:
         UnknownModelError, CheckpointError: a model cannot be loaded.
     """
 
-    def __init__(self, config: SchedulerConfig, on_progress: Callable[[str], None] = log.info) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        on_progress: Callable[[str], None] = log.info,
+        *,
+        load: LoadModel | None = None,
+    ) -> None:
         self.config = config
         self.default_model = config.model
         self.default_memory = config.memory
         self.is_healthy = True
         self._on_progress = on_progress
         self._loading = threading.Lock()
-        self._runtime_name = EagerRuntime.name if config.runtime == "eager" else OnnxRuntime.name
-        self._models = {config.model: _load(config.model, config, on_progress)}
+        self._load = load or load_model
+        self._models = {config.model: self._load(config.model, config, on_progress)}
         self._streams: list[TrackedStream] = []
         self._wake = threading.Condition()
         self._is_closing = False
+        self._step_began_ns: int | None = None
         self._thread = threading.Thread(target=self._work, name="trocar-device", daemon=True)
         self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the device has been at the step that it is at; 0 when it is at none."""
+        began_ns = self._step_began_ns
+        return 0.0 if began_ns is None else (time.perf_counter_ns() - began_ns) / 1e9
+
+    def memory_rows(self) -> dict[str, MemoryRows]:
+        """Rows in use and in all, for each loaded model."""
+        pools = {name: model.tracker.pool for name, model in list(self._models.items())}
+        return {name: MemoryRows(pool.rows_in_use, pool.rows) for name, pool in pools.items()}
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -188,12 +234,14 @@ class Scheduler:
         return tuple(dict.fromkeys((self.default_model, *installed)))
 
     def model_card(self, model: str) -> ModelCard:
-        """The card of a model, whether or not anybody has used it yet.
+        """The card of a model; its runtime is what runs it, or what was asked for until it is loaded.
 
         Raises:
             UnknownModelError, CheckpointError: there is no such model, or it has no weights.
         """
-        return model_card(model, self._weights_of(model), self._runtime_name)
+        loaded = self._models.get(model)
+        runtime = self.config.runtime if loaded is None else loaded.tracker.runtime.name
+        return model_card(model, self._weights_of(model), runtime)
 
     def _weights_of(self, model: str) -> Path | None:
         return self.config.weights if model == self.default_model else None
@@ -229,17 +277,25 @@ class Scheduler:
         """Run the default model on blank pictures, so that the first live frame meets warm engines."""
         stream = self.open_stream(is_live=False, max_objects=1)
         size = stream.input_size_px
-        blank = np.zeros((size, size, 3), dtype=np.uint8)
         try:
             for frame_id in range(WARM_UP_FRAMES):
-                time_s = frame_id / 30
-                picture = Picture(
-                    frame_id=frame_id, pixels=blank, width_px=size, height_px=size, time_s=time_s
-                )
-                stream.offer(picture).result()
+                stream.offer(_blank_picture(frame_id, size)).result()
                 if frame_id == 0:
                     centre = (size / 2, size / 2)
                     stream.prompt(Prompt(object_id=1, frame_id=0, points=(centre,), labels=(1,))).result()
+        finally:
+            stream.close()
+
+    def probe(self, model: str, timeout_s: float) -> None:
+        """Run a blank picture through a model on the device.
+
+        Raises:
+            TimeoutError: no result within `timeout_s`.
+            StreamLimitError: no place for it: the device is fully used.
+        """
+        stream = self.open_stream(model=model, is_live=False, max_objects=1)
+        try:
+            stream.offer(_blank_picture(0, stream.input_size_px)).result(timeout_s)
         finally:
             stream.close()
 
@@ -296,10 +352,10 @@ class Scheduler:
         if stream in self._streams:
             self._streams.remove(stream)
 
-    def _model(self, name: str) -> _LoadedModel:
+    def _model(self, name: str) -> LoadedModel:
         with self._loading:
             if name not in self._models:
-                self._models[name] = _load(name, self.config, self._on_progress)
+                self._models[name] = self._load(name, self.config, self._on_progress)
             return self._models[name]
 
     def _work(self) -> None:
@@ -311,19 +367,28 @@ class Scheduler:
                 for stream in [stream for stream in self._streams if stream.is_closed]:
                     self._forget(stream)
                 commands, tick = self._take()
+            self._step_began_ns = time.perf_counter_ns()
             for command in commands:
                 self._run_command(command)
             if tick:
                 self._run_tick(tick)
+            self._catch_up()
+            self._step_began_ns = None
 
     def _has_work(self) -> bool:
-        return self._is_closing or any(stream.tasks or stream.is_closed for stream in self._streams)
+        return self._is_closing or any(
+            stream.tasks or stream.is_closed or stream.state.is_behind for stream in self._streams
+        )
 
     def _take(self) -> tuple[list["_Command[object]"], list[tuple[TrackedStream, _PictureTask]]]:
-        """Commands that are due, and at most one picture per stream, all of one model; live streams first."""
+        """Commands that are due, and at most one picture per stream, all of one model; live streams first.
+
+        Where nothing is dropped a picture waits until every object is in the present.
+        """
         commands: list[_Command[object]] = []
         tick: list[tuple[TrackedStream, _PictureTask]] = []
         for stream in sorted(self._streams, key=lambda stream: not stream.is_live):
+            asked = len(commands)
             while stream.tasks and not isinstance(stream.tasks[0], _PictureTask):
                 command = stream.tasks[0]
                 if command.needs_frame and not stream.state.kept and _picture_waits(stream):
@@ -332,7 +397,9 @@ class Scheduler:
                     continue
                 commands.append(stream.tasks.popleft())  # type: ignore[arg-type]
             is_same_model = not tick or tick[0][0].model is stream.model
-            if stream.tasks and is_same_model:
+            # A command that runs before this tick may be a prompt in the past.
+            is_due = stream.is_live or not (len(commands) > asked or stream.state.is_behind)
+            if stream.tasks and is_same_model and is_due:
                 task = stream.tasks.popleft()
                 assert isinstance(task, _PictureTask)
                 tick.append((stream, task))
@@ -342,9 +409,32 @@ class Scheduler:
         if not command.future.set_running_or_notify_cancel():
             return
         try:
+            if not self.is_healthy:
+                raise DeviceFaultError(DEVICE_FAILED)
             command.future.set_result(command.run())
         except Exception as error:  # handed to whoever waits, who knows what is expected
-            command.future.set_exception(error)
+            if isinstance(error, DEVICE_FAULTS):
+                self._fail("a prompt failed")
+            command.future.set_exception(_explained(error))
+
+    def _catch_up(self) -> None:
+        """One step for every object that is behind, beside the one that a picture of its stream brings.
+
+        Its rows are those of the tick without the new ones, and no picture is encoded: it holds up the next
+        picture by less than a tick, and halves the way of an object on a stream that has no time to spare.
+        """
+        behind: dict[Tracker, list[StreamState]] = {}
+        with self._wake:
+            for stream in self._streams:
+                if stream.state.is_behind and not stream.is_closed:
+                    behind.setdefault(stream.model.tracker, []).append(stream.state)
+        for tracker, states in behind.items():
+            try:
+                tracker.catch_up(states)
+            except Exception:  # as in `_run_tick`
+                self._fail("catching up failed")
+                for state in states:
+                    tracker.reset(state)
 
     def _run_tick(self, tick: list[tuple[TrackedStream, _PictureTask]]) -> None:
         began = time.perf_counter_ns()
@@ -353,19 +443,38 @@ class Scheduler:
             return
         tracker = live[0][0].model.tracker
         try:
+            if not self.is_healthy:
+                raise DeviceFaultError(DEVICE_FAILED)
             step = tracker.step([stream.state for stream, _ in live], [task.picture for _, task in live])
         except Exception as error:
             # The tracker raises nothing that a picture could provoke: this is a device fault or a defect,
             # and no mask after it can be trusted.
-            self.is_healthy = False
-            log.exception("tracking failed")
+            self._fail("tracking failed")
             for _, task in live:
-                task.future.set_exception(error)
+                task.future.set_exception(_explained(error))
             return
         for (_, task), result in zip(live, step.results, strict=True):
             result.stage_ns["queue"] = began - task.offered_ns
             task.future.set_result(result)
-        tracker.remember(step)
+        try:
+            tracker.remember(step)
+        except Exception:  # memory may be half written
+            self._fail("remembering failed")
+
+    def _fail(self, what: str) -> None:
+        """Stop trusting the device; called while the fault is handled."""
+        if self.is_healthy:
+            log.exception(what)
+        self.is_healthy = False
+
+
+def _explained(error: Exception) -> Exception:
+    """What a client is told of a device's fault; other errors as they are."""
+    if not isinstance(error, DEVICE_FAULTS):
+        return error
+    fault = DeviceFaultError(DEVICE_FAILED)
+    fault.__cause__ = error
+    return fault
 
 
 def _replaceable(stream: TrackedStream, waiting: list[_PictureTask]) -> _PictureTask | None:
@@ -380,28 +489,51 @@ def _picture_waits(stream: TrackedStream) -> bool:
     return any(isinstance(task, _PictureTask) for task in stream.tasks)
 
 
+def _blank_picture(frame_id: int, size_px: int) -> Picture:
+    pixels = np.zeros((size_px, size_px, 3), dtype=np.uint8)
+    return Picture(
+        frame_id=frame_id, pixels=pixels, width_px=size_px, height_px=size_px, time_s=frame_id / 30
+    )
+
+
 def _resolve(future: "Future[FrameMasklets]", result: FrameMasklets) -> None:
     if future.set_running_or_notify_cancel():
         future.set_result(result)
 
 
-def _load(name: str, config: SchedulerConfig, on_progress: Callable[[str], None]) -> _LoadedModel:
+def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], None]) -> LoadedModel:
+    """A model by name with the runtime and the memory that `config` asks for.
+
+    Raises:
+        UnknownModelError, CheckpointError: it cannot be loaded.
+        RuntimeUnavailableError, EngineMismatchError: this machine does not offer the runtime, or its plans.
+    """
     network = load_network(name, config.weights if name == config.model else None)
     entry = model_entry(name)
+    # Rows must fit the largest bank of any policy a stream may choose.
+    banks = [bank_config(entry, policy.value) for policy in MemoryPolicy]
+    largest = max(banks, key=lambda bank: bank.slots)
     threads = config.threads or cpu_threads()
     set_torch_threads(threads)
     runtime: Runtime
     if config.runtime == "eager":
         runtime = EagerRuntime(network)
-    else:
+    elif config.runtime == "onnx" or (config.runtime == "auto" and not torch.cuda.is_available()):
         runtime = OnnxRuntime(
             network,
             cache=config.cache,
             threads=threads,
             on_stage=lambda stage: on_progress(f"{name}: exporting {stage} (once; cached afterwards)"),
         )
-    # Rows must fit the largest bank of any policy a stream may choose.
-    banks = [bank_config(entry, policy.value) for policy in MemoryPolicy]
-    largest = max(banks, key=lambda bank: bank.slots)
+    else:
+        runtime = load_gpu_runtime(
+            name,
+            network,
+            device_shapes(banks, pictures=config.max_streams, rows=config.max_objects),
+            choice=config.runtime,
+            cache=config.cache,
+            on_progress=on_progress,
+        )
+    log.info("%s runs as %s", name, runtime.name)
     tracker = Tracker(runtime, TrackerConfig(rows=config.max_objects, bank=largest))
-    return _LoadedModel(entry=entry, tracker=tracker)
+    return LoadedModel(entry=entry, tracker=tracker)

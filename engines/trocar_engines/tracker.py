@@ -4,17 +4,17 @@ encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ wri
 """
 
 import itertools
-import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from trocar_engines.errors import CapacityError, FrameNotKeptError, InvalidPromptError, UnknownObjectError
 from trocar_engines.masklets import (
+    MOST_POINTS,
     Float32Array,
     FrameMasklets,
     Masklet,
@@ -24,9 +24,10 @@ from trocar_engines.masklets import (
     PromptMode,
     PromptOutcome,
 )
-from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, mask_area
-from trocar_engines.memory.pool import MemoryPool
+from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
+from trocar_engines.memory.pool import MemoryPool, is_uniform
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
+from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import Runtime
 
 LARGEST_BATCH = 32
@@ -34,6 +35,8 @@ LARGEST_BATCH = 32
 LOGIT_CLAMP = 32.0
 """Earlier mask logits are clamped to ± this before they prompt the decoder, as in SAM 2."""
 ABSENT_DISPLAY_LOGIT = -32.0
+MOST_CATCH_UP_FRAMES = 8
+"""Kept frames through which an object prompted in the past is brought to the present, evenly spaced."""
 CLASS_MEMORY = 0.9
 """Share of the past in an object's running class probabilities."""
 LEAST_CLASS_PROBABILITY = 0.5
@@ -49,15 +52,18 @@ class TrackerConfig:
         rows: objects of all streams together.
         bank: slots and thresholds of an object's memory.
         lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
+        return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
         kept_bytes: budget for image features of recent frames, per stream; prompts may name those frames.
-        most_kept_frames: and never more than so many.
+        most_kept_frames: and never more than so many: at 60 frames a second, a second and a quarter, so that
+            a tap on a picture that is a second old still meets it.
     """
 
     rows: int = 64
     bank: BankConfig = field(default_factory=BankConfig)
     lost_after_s: float = 2.0
+    return_iou: float = 0.5
     kept_bytes: int = 64 << 20
-    most_kept_frames: int = 60
+    most_kept_frames: int = 75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,6 +73,7 @@ class KeptFrame:
     Args:
         frame_id: the client's number; `width_px` and `height_px` are the source picture's.
         time_s: its presentation time.
+        is_trusted: False after a gap in the video.
         features: of one picture, B = 1.
         summary: float32 [C] pooled features.
     """
@@ -75,13 +82,37 @@ class KeptFrame:
     width_px: int
     height_px: int
     time_s: float
+    is_trusted: bool
     features: ImageFeatures
     summary: Float32Array
 
 
+class Past(NamedTuple):
+    """What is known of an object on a kept frame: a correction there starts from it.
+
+    Args:
+        mask_logits: float32 [h, w].
+        bank_frame: the bank's count of frames then.
+    """
+
+    mask_logits: Float32Array
+    bank_frame: int
+
+
 @dataclass(kw_only=True, eq=False)
 class TrackedObject:
-    """One object of one stream: its memory and what the last frame said of it."""
+    """One object of one stream: its memory and what the last frames said of it.
+
+    Args:
+        prompted_frame: of the latest prompt; `points` and `labels` were collected on it, in source pixels.
+        conditioning_frame: where the object begins.
+        past: by frame id, oldest first.
+        behind: kept frames that it still has to pass through to reach the present, each with the number of
+            frames since the one before; it has no masklets meanwhile.
+        missed: frames that came meanwhile.
+        is_doubted: something was found on the last frame that is not believed to be the object; it is neither
+            shown nor remembered.
+    """
 
     object_id: int
     bank: MemoryBank
@@ -89,8 +120,10 @@ class TrackedObject:
     conditioning_frame: int
     points: list[tuple[float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    mask_logits: Float32Array | None = None
-    logits_frame: int = -1
+    past: dict[int, Past] = field(default_factory=dict)
+    behind: deque[tuple[KeptFrame, int]] = field(default_factory=deque)
+    missed: int = 0
+    is_doubted: bool = False
     seen_at_s: float = 0.0
     frames_since_seen: int = 0
     class_probabilities: Float32Array | None = None
@@ -103,32 +136,52 @@ class StreamState:
     Args:
         bank: memory settings of its objects.
         most_objects: limit of the stream.
+        kept: recent frames, oldest first.
+        pinned: one frame more, kept until another is pinned, and the id under which the client asked for it.
     """
 
     bank: BankConfig
     most_objects: int
     objects: dict[int, TrackedObject] = field(default_factory=dict)
     kept: deque[KeptFrame] = field(default_factory=deque)
+    pinned: KeptFrame | None = None
+    pinned_as: int | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether an object prompted in the past has not reached the present yet."""
+        return any(tracked.behind for tracked in self.objects.values())
+
+    def forget_gone(self) -> None:
+        """Let go of what is known of frames that are no longer kept.
+
+        Not only of the frame that left last: an object may come past one that left while it caught up.
+        """
+        oldest, pinned = self.kept[0].frame_id, None if self.pinned is None else self.pinned.frame_id
+        for tracked in self.objects.values():
+            gone = [known for known in tracked.past if known < oldest and known != pinned]
+            for frame_id in gone:
+                del tracked.past[frame_id]
 
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """One object on one picture of a tick: row of a batch."""
+    """One object on one frame: row of a batch. `frames` have come since the one it was tracked on before."""
 
     tracked: TrackedObject
-    picture: Picture
     frame: KeptFrame
+    frames: int = 1
     masklet: Masklet | None = None
 
     @property
     def facts(self) -> FrameFacts:
-        """What decides whether the picture is remembered."""
+        """What decides whether the frame is remembered."""
         assert self.masklet is not None, "facts are known once the row is read back"
         return FrameFacts(
-            time_s=self.picture.time_s,
+            time_s=self.frame.time_s,
             predicted_iou=self.masklet.predicted_iou,
             is_present=self.masklet.state is ObjectState.VISIBLE,
-            is_trusted=self.picture.is_trusted,
+            is_trusted=self.frame.is_trusted and not self.tracked.is_doubted,
             area=mask_area(self.masklet.mask_logits),
             summary=self.frame.summary,
         )
@@ -155,8 +208,8 @@ class Tracker:
     def __init__(self, runtime: Runtime, config: TrackerConfig) -> None:
         self.runtime, self.config = runtime, config
         self.network = runtime.config
-        self.pool = MemoryPool(self.network, rows=config.rows, slots=config.bank.slots)
-        self.write_memory_ns = 0
+        self.pool = MemoryPool(self.network, rows=config.rows, slots=config.bank.slots, device=runtime.device)
+        self._memory_clock: StageClock | None = None
 
     def open_stream(self, bank: BankConfig, most_objects: int) -> StreamState:
         """State for a new stream."""
@@ -166,6 +219,7 @@ class Tracker:
         """Free everything the stream holds."""
         self.reset(stream)
         stream.kept.clear()
+        stream.pinned = None
 
     def reset(self, stream: StreamState) -> None:
         """Forget every object of the stream."""
@@ -189,52 +243,67 @@ class Tracker:
     def step(self, streams: list[StreamState], pictures: list[Picture]) -> Step:
         """Track every object of each stream on its picture; `remember` completes the tick after the reply.
 
+        Objects that were prompted in the past come one kept frame nearer to the present, as extra rows.
+
         Args:
             streams: distinct.
-            pictures: one per stream.
+            pictures: one per stream; one that several streams share is encoded once.
         """
-        clock = _Clock()
+        clock = self.runtime.start_clock()
         frames = self._encode(streams, pictures)
         clock.lap("encode_image")
-        by_stream = [
-            [_Row(tracked=tracked, picture=picture, frame=frame) for tracked in stream.objects.values()]
-            for stream, picture, frame in zip(streams, pictures, frames, strict=True)
-        ]
-        rows = list(itertools.chain.from_iterable(by_stream))
-        batches = []
-        for start in range(0, len(rows), LARGEST_BATCH):
-            batch = rows[start : start + LARGEST_BATCH]
-            features = _stack([row.frame.features for row in batch])
-            banks = [row.tracked.bank for row in batch]
-            for bank in banks:
-                bank.advance()
-            view, prototypes, prototype_bias = self.pool.gather(
-                [bank.row for bank in banks], [bank.reads() for bank in banks]
-            )
-            conditioned, class_logits = self.runtime.attend_memory(features.embedding, view)
-            clock.lap("attend_memory")
-            decoded = self.runtime.track_masks(conditioned, features, prototypes, prototype_bias)
-            clock.lap("decode_masks")
-            for row, read in zip(batch, _read_back(decoded, class_logits), strict=True):
-                row.masklet = self._describe(row.tracked, read, row.picture)
-            batches.append((batch, features, decoded))
-            clock.lap("readback")
-        clock.durations["write_memory"] = self.write_memory_ns
+        by_stream = [_rows(stream, frame) for stream, frame in zip(streams, frames, strict=True)]
+        rows = [*itertools.chain.from_iterable(by_stream), *_rows_behind(streams)]
+        batches = self._track(rows, clock)
+        # What the frame before took: on a GPU it is only now certain to be done.
+        stage_ns = clock.read() | ({} if self._memory_clock is None else self._memory_clock.read())
         results = [
             FrameMasklets(
                 frame_id=picture.frame_id,
                 masklets=tuple(row.masklet for row in stream_rows if row.masklet is not None),
                 is_trusted=picture.is_trusted,
-                stage_ns=dict(clock.durations),
+                stage_ns=dict(stage_ns),
             )
             for picture, stream_rows in zip(pictures, by_stream, strict=True)
         ]
         return Step(results=results, batches=batches)
 
     @torch.inference_mode()
+    def catch_up(self, streams: list[StreamState]) -> None:
+        """Bring every object that was prompted in the past one kept frame nearer, without a new picture."""
+        self.remember(
+            Step(results=[], batches=self._track(_rows_behind(streams), self.runtime.start_clock()))
+        )
+
+    def _track(self, rows: list[_Row], clock: StageClock) -> list[tuple[list[_Row], ImageFeatures, Decoded]]:
+        """Find each row's object on its frame, as many rows at a time as fit a batch."""
+        batches = []
+        for start in range(0, len(rows), LARGEST_BATCH):
+            batch = rows[start : start + LARGEST_BATCH]
+            features = _stack([row.frame.features for row in batch])
+            banks = [row.tracked.bank for row in batch]
+            for row in batch:
+                row.tracked.bank.advance(row.frames)
+            reads = [bank.reads() for bank in banks]
+            view, prototypes = self.pool.gather([bank.row for bank in banks], reads)
+            conditioned, class_token = self.runtime.attend_memory(
+                features.embedding, view, is_full=is_uniform(reads)
+            )
+            clock.lap("attend_memory")
+            decoded = self.runtime.track_masks(conditioned, features, prototypes, class_token)
+            clock.lap("decode_masks")
+            for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
+                row.masklet = self._masklet(row.tracked, read, row.frame)
+            batches.append((batch, features, decoded))
+            clock.lap("readback")
+        return batches
+
+    @torch.inference_mode()
     def remember(self, step: Step) -> None:
         """Write the tick's frames to memory; kept off the reply's path."""
-        began = time.perf_counter_ns()
+        clock = self.runtime.start_clock()
+        if step.results:  # what catching up takes is no tick's
+            self._memory_clock = clock
         for batch, features, decoded in step.batches:
             facts = [row.facts for row in batch]
             slots = [row.tracked.bank.choose_slot(fact) for row, fact in zip(batch, facts, strict=True)]
@@ -252,15 +321,20 @@ class Tracker:
                 for position, index in enumerate(worth):
                     bank, slot = batch[index].tracked.bank, slots[index]
                     assert slot is not None
-                    self.pool.write(bank.row, slot, spatial[position], prototypes[position])
-                    self.pool.pointers[bank.row, bank.pointer_slot()] = decoded.pointer[index]
+                    bank.write(slot, spatial[position], prototypes[position])
+                    self.pool.pointers[bank.row, bank.pointer_slot(facts[index].time_s)] = decoded.pointer[
+                        index
+                    ]
             for row, fact, slot in zip(batch, facts, slots, strict=True):
                 row.tracked.bank.consider(fact, slot)
-        self.write_memory_ns = time.perf_counter_ns() - began
+        clock.lap("write_memory")
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
         """Add, refine or replace an object on a kept frame.
+
+        On a frame of the past the object's memory is rolled back to it, and `catch_up` brings the object to
+        the present. What was said of the frames in between is not taken back.
 
         Raises:
             FrameNotKeptError: the frame is no longer kept.
@@ -269,7 +343,12 @@ class Tracker:
         """
         frame = self._kept_frame(stream, prompt.frame_id)
         tracked = stream.objects.get(prompt.object_id)
-        is_new = tracked is None or prompt.mode is PromptMode.REPLACE
+        # A correction on a frame before the object's first one begins it anew there.
+        is_new = (
+            tracked is None
+            or prompt.mode is PromptMode.REPLACE
+            or frame.frame_id < tracked.conditioning_frame
+        )
         if tracked is None:
             if len(stream.objects) >= stream.most_objects:
                 raise CapacityError(
@@ -290,30 +369,49 @@ class Tracker:
                 tracked.bank.release()
             raise
         stream.objects[prompt.object_id] = tracked
-        read = _read_back(decoded, torch.zeros(1, 0))[0]
         self._remember_prompt(tracked, frame, decoded, is_new=is_new)
-        masklet = self._describe_prompted(tracked, read, frame)
+        tracked.seen_at_s = frame.time_s  # whoever is pointed at is not lost
+        masklet = self._masklet(tracked, _read_back(self.runtime.read_back(decoded))[0], frame)
+        tracked.behind = _way_back(stream, frame)
+        tracked.missed = 0
         return PromptOutcome(frame_id=frame.frame_id, masklet=masklet)
 
+    def pin(self, stream: StreamState, frame_id: int) -> int:
+        """Keep a frame for prompts until another one is pinned; returns the frame, the nearest kept one.
+
+        Raises:
+            FrameNotKeptError: the frame is no longer kept.
+        """
+        stream.pinned = self._kept_frame(stream, frame_id)
+        stream.pinned_as = frame_id
+        stream.forget_gone()
+        return stream.pinned.frame_id
+
     def _encode(self, streams: list[StreamState], pictures: list[Picture]) -> list[KeptFrame]:
-        """Encode the pictures as one batch and keep their features."""
-        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+        """Encode the pictures as one batch, each once, and keep their features."""
+        distinct = list({id(picture): picture for picture in pictures}.values())
+        pixels = torch.from_numpy(np.stack([picture.pixels for picture in distinct]))
         features = self.runtime.encode_image(pixels)
-        summaries = features.embedding.mean(dim=(2, 3)).numpy()
-        frames = []
-        for index, (stream, picture) in enumerate(zip(streams, pictures, strict=True)):
-            frame = KeptFrame(
+        # From a GPU this begins a copy; the masks' readback waits for it too, before anyone reads it.
+        summaries = features.embedding.mean(dim=(2, 3)).float().to("cpu", non_blocking=True).numpy()
+        encoded = {
+            id(picture): KeptFrame(
                 frame_id=picture.frame_id,
                 width_px=picture.width_px,
                 height_px=picture.height_px,
                 time_s=picture.time_s,
+                is_trusted=picture.is_trusted,
                 features=ImageFeatures(*(maps[index : index + 1] for maps in features)),
                 summary=summaries[index],
             )
-            frames.append(frame)
+            for index, picture in enumerate(distinct)
+        }
+        frames = [encoded[id(picture)] for picture in pictures]
+        for stream, frame in zip(streams, frames, strict=True):
             stream.kept.append(frame)
             while len(stream.kept) > self._most_kept(frame):
                 stream.kept.popleft()
+            stream.forget_gone()
         return frames
 
     def _most_kept(self, frame: KeptFrame) -> int:
@@ -322,10 +420,14 @@ class Tracker:
 
     def _kept_frame(self, stream: StreamState, frame_id: int) -> KeptFrame:
         """The kept frame nearest to `frame_id`: a dropped frame's neighbour stands in for it."""
+        if stream.pinned is not None and frame_id == stream.pinned.frame_id:
+            return stream.pinned
         if not stream.kept:
             raise FrameNotKeptError(f"frame {frame_id}: no frame has been tracked yet; send one first")
         oldest, latest = stream.kept[0].frame_id, stream.kept[-1].frame_id
         if frame_id < oldest:
+            if stream.pinned is not None and frame_id == stream.pinned_as:
+                return stream.pinned
             raise FrameNotKeptError(
                 f"frame {frame_id} is no longer kept: frames {oldest} to {latest} are; prompt on a newer one"
             )
@@ -335,8 +437,17 @@ class Tracker:
         self, tracked: TrackedObject, prompt: Prompt, frame: KeptFrame, *, is_new: bool
     ) -> Decoded:
         if prompt.mask is not None:
-            return self._decode_mask_prompt(prompt.mask, frame)
+            decoded = self._decode_mask_prompt(prompt.mask, frame)
+            tracked.points, tracked.labels, tracked.prompted_frame = [], [], frame.frame_id
+            return decoded
         is_same_frame = not is_new and tracked.prompted_frame == frame.frame_id
+        collected = 2 if prompt.box is not None else len(tracked.points) * is_same_frame
+        if collected + len(prompt.points) > MOST_POINTS:
+            raise InvalidPromptError(
+                f"object {prompt.object_id}: {collected} points on frame {frame.frame_id} and "
+                f"{len(prompt.points)} more: expected at most {MOST_POINTS}; replace the object or prompt on "
+                "another frame"
+            )
         if not is_same_frame:
             tracked.points, tracked.labels = [], []
         tracked.prompted_frame = frame.frame_id
@@ -349,12 +460,11 @@ class Tracker:
         tracked.labels += labels
         if not tracked.points:
             raise InvalidPromptError(f"object {prompt.object_id}: a prompt needs a point, a box or a mask")
-        has_logits = not is_new and tracked.mask_logits is not None and tracked.logits_frame == frame.frame_id
+        earlier = None if is_new else tracked.past.get(frame.frame_id)
         size = self.network.mask_size
         mask_prompt = torch.zeros(1, 1, size, size)
-        if has_logits:
-            assert tracked.mask_logits is not None
-            mask_prompt[0, 0] = torch.from_numpy(tracked.mask_logits).clamp(-LOGIT_CLAMP, LOGIT_CLAMP)
+        if earlier is not None:
+            mask_prompt[0, 0] = torch.from_numpy(earlier.mask_logits).clamp(-LOGIT_CLAMP, LOGIT_CLAMP)
         coordinates = torch.from_numpy(np.array(tracked.points) * scale).float().unsqueeze(0)
         return self.runtime.decode_prompt(
             self.runtime.without_memory(frame.features.embedding),
@@ -363,18 +473,22 @@ class Tracker:
                 points=coordinates,
                 labels=torch.tensor([tracked.labels]),
                 mask=mask_prompt,
-                has_mask=torch.tensor([has_logits]),
+                has_mask=torch.tensor([earlier is not None]),
             ),
             torch.tensor([len(tracked.points) <= 1]),
         )
 
     def _decode_mask_prompt(self, mask: np.ndarray, frame: KeptFrame) -> Decoded:
-        """A mask prompt is its own mask; the decoder only makes the pointer, as in SAM 2."""
+        """A mask prompt is its own mask; the decoder makes only the pointer, from raw features (as SAM 2)."""
         size = self.network.input_size_px
-        resized = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-        full = torch.from_numpy((resized >= 0.5).astype(np.float32)).view(1, 1, size, size)
+        full = _reduce(torch.from_numpy(mask.astype(np.float32)).expand(1, 1, -1, -1), size)
+        full = (full >= 0.5).float()
+        if not full.any():
+            raise InvalidPromptError(
+                f"the mask vanishes at the model's input size, {size}x{size}: mark a larger area, or a point"
+            )
         decoded = self.runtime.decode_prompt(
-            self.runtime.without_memory(frame.features.embedding),
+            frame.features.embedding,
             frame.features,
             PromptTensors(
                 points=torch.zeros(1, 1, 2),
@@ -382,11 +496,10 @@ class Tracker:
                 mask=self.runtime.downsample_mask(full),
                 has_mask=torch.tensor([True]),
             ),
-            torch.tensor([True]),
+            torch.tensor([False]),
         )
-        pooled = torch.nn.functional.avg_pool2d(full, 4)[:, 0]
         return decoded._replace(
-            mask_logits=pooled * 20.0 - 10.0,
+            mask_logits=_reduce(full * 20.0 - 10.0, self.network.mask_size)[:, 0],
             predicted_iou=torch.ones(1),
             presence_logit=torch.full((1,), 10.0),
         )
@@ -395,46 +508,47 @@ class Tracker:
         self, tracked: TrackedObject, frame: KeptFrame, decoded: Decoded, *, is_new: bool
     ) -> None:
         bank = tracked.bank
-        area = mask_area(decoded.mask_logits[0].numpy())
+        area = mask_area(decoded.mask_logits[0].cpu().numpy())
         if is_new or frame.frame_id == tracked.conditioning_frame:
             # What was remembered since was seen with the mask that is being corrected.
             tracked.conditioning_frame = frame.frame_id
             slot = bank.condition(frame.summary, area)
         else:
-            slot = bank.correct(area)
+            earlier = tracked.past.get(frame.frame_id)
+            bank.roll_back(frame.time_s, None if earlier is None else earlier.bank_frame)
+            slot = bank.correct(area, frame.time_s)
         spatial, prototypes = self.runtime.encode_memory(
             frame.features, decoded.mask_logits, decoded.presence_logit, torch.tensor([True])
         )
-        self.pool.write(bank.row, slot, spatial[0], prototypes[0])
-        self.pool.pointers[bank.row, 0 if slot == 0 else bank.pointer_slot()] = decoded.pointer[0]
+        bank.write(slot, spatial[0], prototypes[0])
+        self.pool.pointers[bank.row, 0 if slot == 0 else bank.pointer_slot(frame.time_s)] = decoded.pointer[0]
+        # Masks that were seen since with a memory that is gone are no start for further corrections.
+        tracked.past = {
+            known: past for known, past in tracked.past.items() if not is_new and known < frame.frame_id
+        }
+        if is_new:
+            tracked.class_probabilities = None
 
-    def _describe(self, tracked: TrackedObject, read: "_Readback", picture: Picture) -> Masklet:
-        """The masklet of a tracked frame; moves the object's state."""
-        tracked.logits_frame = picture.frame_id
-        if len(read.class_logits):
-            likely = _softmax(read.class_logits)
-            past = tracked.class_probabilities
-            tracked.class_probabilities = (
-                likely if past is None else CLASS_MEMORY * past + (1 - CLASS_MEMORY) * likely
-            )
-        return self._masklet(tracked, read, picture.time_s)
-
-    def _describe_prompted(self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame) -> Masklet:
-        tracked.logits_frame = frame.frame_id
-        return self._masklet(tracked, read, frame.time_s)
-
-    def _masklet(self, tracked: TrackedObject, read: "_Readback", time_s: float) -> Masklet:
-        is_visible = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
-        if is_visible:
-            tracked.seen_at_s, tracked.frames_since_seen = time_s, 0
+    def _masklet(self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame) -> Masklet:
+        """The masklet of an object on a frame; moves the object's state."""
+        is_found = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
+        is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
+        tracked.is_doubted = is_found and is_lost and not self._is_recognised(tracked, read)
+        if is_found and not tracked.is_doubted:
+            tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             state = ObjectState.VISIBLE
+            if len(read.class_logits):
+                likely, past = _softmax(read.class_logits), tracked.class_probabilities
+                tracked.class_probabilities = (
+                    likely if past is None else CLASS_MEMORY * past + (1 - CLASS_MEMORY) * likely
+                )
         else:
             tracked.frames_since_seen += 1
-            is_lost = time_s - tracked.seen_at_s > self.config.lost_after_s
             state = ObjectState.LOST if is_lost else ObjectState.OCCLUDED
-        logits = read.mask_logits if is_visible else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
-        tracked.mask_logits = logits
-        name, probability = self._class_of(tracked)
+        is_present = read.presence_logit > 0 and not tracked.is_doubted
+        logits = read.mask_logits if is_present else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
+        tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
+        name, probability = self._class_of(tracked.class_probabilities)
         return Masklet(
             object_id=tracked.object_id,
             state=state,
@@ -446,11 +560,25 @@ class Tracker:
             frames_since_seen=tracked.frames_since_seen,
         )
 
-    def _class_of(self, tracked: TrackedObject) -> tuple[str, float]:
-        if tracked.class_probabilities is None:
+    def _is_recognised(self, tracked: TrackedObject, read: "_Readback") -> bool:
+        """Whether what is taken for a lost object is that object: memory and semantics must agree.
+
+        Its mask must look sound, and where the object's class is known it must not look like another one. A
+        look-alike should not inherit an identity.
+        """
+        if tracked.bank.config.policy is MemoryPolicy.VANILLA:
+            return True
+        if read.predicted_iou < self.config.return_iou:
+            return False
+        name, _ = self._class_of(tracked.class_probabilities)
+        now, _ = self._class_of(_softmax(read.class_logits) if len(read.class_logits) else None)
+        return UNKNOWN_CLASS in (name, now) or name == now
+
+    def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
+        if probabilities is None:
             return UNKNOWN_CLASS, 0.0
-        best = int(tracked.class_probabilities.argmax())
-        probability = float(tracked.class_probabilities[best])
+        best = int(probabilities.argmax())
+        probability = float(probabilities[best])
         name = self.network.classes[best] if probability >= LEAST_CLASS_PROBABILITY else UNKNOWN_CLASS
         return name, probability
 
@@ -463,15 +591,52 @@ class _Readback:
     class_logits: Float32Array
 
 
-def _read_back(decoded: Decoded, class_logits: Tensor) -> list[_Readback]:
+def _read_back(decoded: Decoded) -> list[_Readback]:
     """The step's one wait for the device: everything the reply needs, on the host."""
     masks = decoded.mask_logits.numpy()
     ious, presence = decoded.predicted_iou.tolist(), decoded.presence_logit.tolist()
-    classes = class_logits.numpy()
+    classes = decoded.class_logits.numpy()
     return [
         _Readback(mask_logits=mask, predicted_iou=iou, presence_logit=present, class_logits=logits)
         for mask, iou, present, logits in zip(masks, ious, presence, classes, strict=True)
     ]
+
+
+def _rows(stream: StreamState, frame: KeptFrame) -> list[_Row]:
+    """A row for every object of the stream that has reached the present."""
+    rows = []
+    for tracked in stream.objects.values():
+        if tracked.behind:
+            tracked.missed += 1
+            continue
+        rows.append(_Row(tracked=tracked, frame=frame, frames=1 + tracked.missed))
+        tracked.missed = 0
+    return rows
+
+
+def _rows_behind(streams: list[StreamState]) -> list[_Row]:
+    """A row for every object that has not reached the present, on the next frame of its way."""
+    late = [tracked for stream in streams for tracked in stream.objects.values() if tracked.behind]
+    rows = []
+    for tracked in late:
+        frame, frames = tracked.behind.popleft()
+        rows.append(_Row(tracked=tracked, frame=frame, frames=frames))
+    return rows
+
+
+def _way_back(stream: StreamState, frame: KeptFrame) -> deque[tuple[KeptFrame, int]]:
+    """Evenly spaced kept frames from the one after `frame` to the newest, with the distances between them."""
+    later = [kept for kept in stream.kept if kept.frame_id > frame.frame_id]
+    count = min(MOST_CATCH_UP_FRAMES, len(later))
+    stops = [round((stop + 1) * len(later) / count) for stop in range(count)]
+    return deque((later[stop - 1], stop - before) for before, stop in zip([0, *stops], stops, strict=False))
+
+
+def _reduce(maps: Tensor, size: int) -> Tensor:
+    """Bilinear with antialiasing, as SAM 2 reduces a mask prompt; [1, 1, H, W] to [1, 1, size, size]."""
+    return torch.nn.functional.interpolate(
+        maps, (size, size), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 def _stack(features: list[ImageFeatures]) -> ImageFeatures:
@@ -484,17 +649,3 @@ def _stack(features: list[ImageFeatures]) -> ImageFeatures:
 def _softmax(logits: Float32Array) -> Float32Array:
     powers = np.exp(logits - logits.max())
     return np.asarray(powers / powers.sum(), dtype=np.float32)
-
-
-class _Clock:
-    """Host time per stage; a stage that runs in several batches adds up."""
-
-    def __init__(self) -> None:
-        self.durations: dict[str, int] = {}
-        self._last = time.perf_counter_ns()
-
-    def lap(self, stage: str) -> None:
-        """Charge the time since the last lap to `stage`."""
-        now = time.perf_counter_ns()
-        self.durations[stage] = self.durations.get(stage, 0) + now - self._last
-        self._last = now

@@ -7,24 +7,27 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from trocar.config import Access
 from trocar.errors import ConfigError
 from trocar_engines.errors import TrocarError
 
 if TYPE_CHECKING:
     from trocar.client import Client
-    from trocar.config import ServerConfig
+    from trocar.config import ServerConfig, TlsFiles
     from trocar.sources import Source
     from trocar.track import TrackRun, TrackSummary
     from trocar.tracking import Scheduler
     from trocar_engines.masklets import Prompt
     from trocar_engines.models import ModelEntry
+    from trocar_engines.scheduler import SchedulerConfig
 
 
 EXIT_EXPECTED_FAILURE = 2
@@ -34,6 +37,7 @@ EXIT_INTERRUPTED = 130
 EPILOG = """\
 start here:
   trocar track clip.mp4 --point 640,360 --out results
+  trocar ui
   trocar serve
   trocar <command> --help
 """
@@ -59,9 +63,17 @@ The last line on stdout is JSON: frames, dropped, fps, latency_p50_ms, latency_p
 """
 SERVE_EPILOG = """\
 examples:
-  trocar serve                                    on 127.0.0.1:50051, for this machine only
-  trocar serve --address 0.0.0.0:50051 --insecure on a network that you trust
-Health is grpc.health.v1: SERVING once the model is warm. SIGTERM lets open streams finish for some seconds.
+  for this machine only, on 127.0.0.1:50051:
+    trocar serve
+  for clients with certificates, each within what clients.json allows, with metrics and probes:
+    trocar serve --address 0.0.0.0:50051 --tls-certificate server.pem --tls-key server.key \\
+        --tls-client-ca clients-ca.pem --clients clients.json --metrics-address 127.0.0.1:9464
+  for clients with bearer tokens: the same without --tls-client-ca
+  for everybody on a network that you trust, in plain text:
+    trocar serve --address 0.0.0.0:50051 --insecure
+Health is grpc.health.v1: SERVING once the model is warm. SIGTERM: no new streams, open ones are told and have
+--drain-s to finish, and what was received is answered. Certificates and clients are read again when their
+files change. docs/deployment.md has more.
 """
 
 
@@ -75,6 +87,44 @@ The last line on stdout is JSON: that of `trocar track`, and
   absent_ok  share of frames on which an absent object has an empty mask
   id_kept    whether each instrument was found under its own id whenever it was visible
 """
+MODELS_EPILOG = """\
+examples:
+  trocar models list
+  trocar models show sam2s-nano
+  trocar models import sam2.1-hiera-tiny sam2.1_hiera_tiny.pt
+"""
+IMPORT_EPILOG = """\
+examples:
+  an official SAM 2.1 checkpoint, as the SAM 2 project publishes it:
+    trocar models import sam2.1-hiera-base-plus sam2.1_hiera_base_plus.pt
+    trocar track clip.mp4 --point 640,360 --out results --model sam2.1-hiera-base-plus-512
+  own weights from trocar train, in place of the shipped ones:
+    trocar models import sam2s-nano runs/mine/weights.safetensors --replace
+
+NAME and NAME-512 differ only in input size and share one file: 512 is faster, 1024 sees finer detail.
+The file is checked before anything is installed: every tensor by name and shape, no NaN. Nothing in it is
+executed. It is copied as safetensors, with a card, to trocar/weights in the user's data folder; an import
+that is interrupted leaves what was there. The last line on stdout is JSON: what trocar models show tells.
+"""
+UI_EPILOG = """\
+examples:
+  trocar ui                                       on this machine: http://127.0.0.1:8080
+  trocar ui --server 127.0.0.1:50051              with a server that runs already
+  trocar ui --source rtsp://camera/stream --source clip.mp4
+                                                  sources on this machine for the page to choose
+  trocar ui --address 0.0.0.0:8443 --self-signed  for a tablet; the browser will warn once
+The page also takes a camera, a capture card or a file of the machine that the browser runs on.
+"""
+ENGINES_EPILOG = """\
+examples:
+  trocar engines build --runtime onnx --model sam2.1-hiera-tiny-512
+  trocar engines build --runtime tensorrt --model sam2.1-hiera-base-plus-512 --max-objects 16
+  trocar engines show
+
+A plan belongs to one kind of GPU, one version of TensorRT and one set of weights. It is used only where it
+is faster than a captured CUDA graph and as exact; batches beyond --max-streams and --max-objects run as
+graphs. The last line on stdout is JSON: for TensorRT the manifest, with error, time and verdict of each plan.
+"""
 TRAIN_EPILOG = """\
 examples:
   trocar train --steps 6000
@@ -84,10 +134,11 @@ The same command again resumes after the last checkpoint.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage that `--help` shows better."""
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage that `--help` shows better; for every command."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the line and exit."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(EXIT_EXPECTED_FAILURE)
 
@@ -99,9 +150,10 @@ class EngineOptions:
     Args:
         model: the default model; empty for the shipped one.
         memory: default policy; empty for the model side's own.
-        runtime: "auto", "onnx" or "eager".
+        runtime: "auto", "onnx", "eager", "cuda" or "tensorrt".
         weights: a file instead of the installed one, for that model.
         max_streams: at once.
+        max_objects: of all streams together, for each model.
     """
 
     model: str = ""
@@ -109,6 +161,7 @@ class EngineOptions:
     runtime: str = "auto"
     weights: Path | None = None
     max_streams: int = 8
+    max_objects: int = 64
 
 
 StartScheduler = Callable[[EngineOptions], "Scheduler"]
@@ -139,17 +192,29 @@ def start_scheduler(options: EngineOptions) -> "Scheduler":
     Raises:
         UnknownModelError, CheckpointError: a model cannot be loaded.
     """
-    from trocar_engines.models import DEFAULT_MODEL
-    from trocar_engines.scheduler import DEFAULT_MEMORY, Scheduler, SchedulerConfig
+    from trocar_engines.scheduler import Scheduler
 
-    config = SchedulerConfig(
+    return Scheduler(scheduler_config(options), on_progress=print_progress)
+
+
+def scheduler_config(options: EngineOptions) -> "SchedulerConfig":
+    """What the options ask of the model side."""
+    from trocar_engines.models import DEFAULT_MODEL
+    from trocar_engines.scheduler import DEFAULT_MEMORY, SchedulerConfig
+
+    return SchedulerConfig(
         model=options.model or DEFAULT_MODEL,
         memory=options.memory or DEFAULT_MEMORY,
         runtime=options.runtime,
         weights=options.weights,
         max_streams=options.max_streams,
+        max_objects=options.max_objects,
     )
-    return Scheduler(config, on_progress=lambda text: print(f"trocar: {text}", file=sys.stderr))
+
+
+def print_progress(text: str) -> None:
+    """Tell what takes its time while a model is loaded."""
+    print(f"trocar: {text}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None, *, start_scheduler: StartScheduler = start_scheduler) -> int:
@@ -168,18 +233,31 @@ def main(arguments: Sequence[str] | None = None, *, start_scheduler: StartSchedu
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    return run_command(f"trocar {options.command}", lambda: int(options.run(options)))
+
+
+def run_command(name: str, run: Callable[[], int]) -> int:
+    """Run a command's work; what stops it as expected is told in one line on stderr.
+
+    Args:
+        name: of the command, as typed.
+        run: does the work and returns the exit code.
+
+    Returns:
+        the exit code.
+    """
     try:
-        return int(options.run(options))
+        return run()
     except TrocarError as error:
-        print(f"trocar {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_EXPECTED_FAILURE
     except KeyboardInterrupt:
-        print(f"trocar {options.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="trocar",
         description="Real-time surgical video tracking: frames in, masklets out. Not a medical device.",
         epilog=EPILOG,
@@ -203,14 +281,19 @@ def _make_parser() -> argparse.ArgumentParser:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `read_engine_options` reads; for every command that starts a tracker."""
     parser.add_argument("--model", default="", help="model, see trocar models list")
-    parser.add_argument("--memory", default="", choices=("vanilla", "fifo"), help="memory policy")
+    parser.add_argument("--memory", default="", choices=("vanilla", "fifo", "spread"), help="memory policy")
     parser.add_argument(
-        "--runtime", default="auto", choices=("auto", "onnx", "eager"), help="what runs the model"
+        "--runtime",
+        default="auto",
+        choices=("auto", "onnx", "eager", "cuda", "tensorrt"),
+        help="what runs the model",
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of the installed ones")
 
 
-def read_engine_options(options: argparse.Namespace, *, max_streams: int = 1) -> EngineOptions:
+def read_engine_options(
+    options: argparse.Namespace, *, max_streams: int = 1, max_objects: int = EngineOptions.max_objects
+) -> EngineOptions:
     """Read the flags of `add_engine_options`."""
     return EngineOptions(
         model=options.model,
@@ -218,6 +301,34 @@ def read_engine_options(options: argparse.Namespace, *, max_streams: int = 1) ->
         runtime=options.runtime,
         weights=options.weights,
         max_streams=max_streams,
+        max_objects=max_objects,
+    )
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a running server and what `read_access` reads."""
+    parser.add_argument(
+        "--server",
+        metavar="ADDR[,ADDR...]",
+        help="host:port of a running server, and others to go on with when it fails; else one is started",
+    )
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM of the server's authority")
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM of the own certificate")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of the own private key")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token for the server")
+    parser.add_argument("--insecure", action="store_true", help="plain text to a server on another machine")
+
+
+def read_access(options: argparse.Namespace) -> Access:
+    """Read the flags of `add_server_options`, but for the address."""
+    from trocar.security import read_token
+
+    return Access(
+        ca=options.tls_ca,
+        certificate=options.tls_certificate,
+        key=options.tls_key,
+        token="" if options.token_file is None else read_token(options.token_file),
+        insecure=options.insecure,
     )
 
 
@@ -228,49 +339,128 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     from trocar.config import ServerConfig
 
     defaults = ServerConfig()
-    parser.add_argument("--address", default=defaults.address, help="host:port (default %(default)s)")
+
+    def add(flag: str, text: str, kind: Callable[[str], object] = int, *, setting: str = "") -> None:
+        setting = setting or flag.removeprefix("--").replace("-", "_")
+        default = getattr(defaults, setting)
+        parser.add_argument(
+            flag, dest=setting, type=kind, default=default, help=f"{text} (default %(default)s)"
+        )
+
+    add("--address", "host:port", str)
     parser.add_argument(
-        "--insecure", action="store_true", help="listen without TLS on an address that other machines reach"
+        "--insecure", action="store_true", help="let other machines in without TLS, or without knowing them"
+    )
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM of the server's chain")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its private key")
+    parser.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="clients need a certificate of this authority"
     )
     parser.add_argument(
-        "--max-streams", type=int, default=defaults.max_streams, help="streams at once (default %(default)s)"
+        "--clients",
+        type=Path,
+        metavar="FILE",
+        help="JSON: names or tokens admitted, streams, models",
     )
     parser.add_argument(
-        "--max-objects",
-        type=int,
-        default=defaults.max_objects,
-        help="objects per stream (default %(default)s)",
+        "--metrics-address", default="", metavar="ADDR", help="host:port of /metrics, /livez and /readyz"
     )
+    parser.add_argument(
+        "--audit-log", type=Path, metavar="FILE", help="a line for each stream and prompt; else in the log"
+    )
+    parser.add_argument(
+        "--log-format", default="text", choices=("text", "json"), help="log lines (default %(default)s)"
+    )
+    add("--trace-every", "trace one frame in so many with OpenTelemetry, 0 for none")
+    add("--max-streams", "streams at once")
+    add("--max-objects", "objects per stream")
+    add("--max-objects-total", "objects of all streams together, for each model")
+    add("--max-message-bytes", "bytes of one request")
+    add("--max-picture-pixels", "pixels of one picture")
+    add("--max-prompts-per-s", "prompts per second and stream", float)
+    add(
+        "--max-requests-per-s",
+        "requests per second and stream that are read; EVERY frames do not count",
+        float,
+    )
+    add("--max-idle-s", "seconds without a request after which a stream ends", float)
+    add("--max-unread-s", "seconds for which a client may leave results unread", float)
+    add("--max-decode-s", "seconds for decoding one packet", float)
+    add("--max-device-s", "seconds for one step of the device; beyond, the server ends", float)
+    add("--drain-s", "seconds for open streams after SIGTERM", float, setting="shutdown_grace_s")
     add_engine_options(parser)
 
 
 def _serve(options: argparse.Namespace) -> int:
     import asyncio
+    from dataclasses import fields
 
     from trocar.config import ServerConfig
 
-    config = ServerConfig(
-        address=options.address,
-        insecure=options.insecure,
-        max_streams=options.max_streams,
-        max_objects=options.max_objects,
+    _log_as_server(options)
+    _allow_many_connections()
+    settings = {field.name for field in fields(ServerConfig)} & vars(options).keys()
+    config = ServerConfig(tls=_read_tls_files(options), **{name: getattr(options, name) for name in settings})
+    # One place more than streams: for the look at the device that health asks for.
+    engine = read_engine_options(
+        options, max_streams=config.max_streams + 1, max_objects=config.max_objects_total
     )
-    scheduler = options.start_scheduler(read_engine_options(options, max_streams=config.max_streams))
+    scheduler = options.start_scheduler(engine)
+    has_hung_threads = False
     try:
-        is_healthy = asyncio.run(_serve_until_signal(config, scheduler))
+        is_healthy, has_hung_threads = asyncio.run(_serve_until_signal(config, scheduler))
     finally:
-        scheduler.close()
+        if not has_hung_threads:
+            scheduler.close()
     if not is_healthy:
         print("trocar serve: the device failed; restart the server", file=sys.stderr)
-        return EXIT_DEVICE_FAILURE
-    return 0
+    if has_hung_threads:
+        # Whatever else ends a process waits for its threads, and one of these never ends.
+        sys.stderr.flush()
+        os._exit(EXIT_DEVICE_FAILURE)
+    return 0 if is_healthy else EXIT_DEVICE_FAILURE
 
 
-async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") -> bool:
+def _allow_many_connections() -> None:
+    """Open as many files as the system lets us: 1,024 idle peers would else keep everybody out."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a kernel may have a bound of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _log_as_server(options: argparse.Namespace) -> None:
+    """A server tells of each stream and prompt, and writes for programs if asked to."""
+    from trocar.journal import JsonFormatter
+
+    for name in ("trocar", "trocar_engines"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if options.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
+
+
+def _read_tls_files(options: argparse.Namespace) -> "TlsFiles | None":
+    from trocar.config import TlsFiles
+
+    if options.tls_certificate is None and options.tls_key is None:
+        if options.tls_client_ca is not None:
+            raise ConfigError("--tls-client-ca needs --tls-certificate and --tls-key")
+        return None
+    if options.tls_certificate is None or options.tls_key is None:
+        raise ConfigError("--tls-certificate and --tls-key belong together: give both")
+    return TlsFiles(certificate=options.tls_certificate, key=options.tls_key, client_ca=options.tls_client_ca)
+
+
+async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") -> tuple[bool, bool]:
+    """Serve; returns whether the device is well, and whether threads hang."""
     from trocar.server import TrackingServer
+    from trocar_engines.gpu_meter import GpuMeter
     from trocar_engines.preprocess import resize_to_model
 
-    server = TrackingServer(config, scheduler, resize_to_model)
+    gpu = GpuMeter() if config.metrics_address else None
+    server = TrackingServer(config, scheduler, resize_to_model, gpu)
     server.stop_on_signals()
     await server.start()
     print(f"trocar serve: warming up {scheduler.default_model}", file=sys.stderr)
@@ -279,36 +469,71 @@ async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") ->
     except BaseException:
         await server.stop()
         raise
+    if config.is_open:
+        print(
+            f"trocar serve: --insecure: everybody who reaches {server.address} may use this server, and "
+            f"{'nobody is asked for a name' if config.tls else 'video travels in plain text'}",
+            file=sys.stderr,
+        )
+    if server.metrics_address:
+        print(f"trocar serve: metrics on http://{server.metrics_address}/metrics", file=sys.stderr)
     print(f"trocar serve: serving on {server.address}; Ctrl-C stops", file=sys.stderr)
-    return await server.run_until_stopped()
+    is_healthy = await server.run_until_stopped()
+    return is_healthy, server.has_hung_threads
 
 
 # models
 
 
 def _add_models_options(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|show")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|import")
     actions.add_parser("list", help="one line per model, and whether its weights are installed")
-    show = actions.add_parser("show", help="one model, as JSON")
-    show.add_argument("name")
+    show = actions.add_parser("show", help="one model and its card, as JSON")
+    show.add_argument("name", metavar="NAME")
+    summary = "Install a checkpoint under a model's name."
+    importing = actions.add_parser(
+        "import",
+        help=summary,
+        description=summary,
+        epilog=IMPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    importing.add_argument("name", metavar="NAME", help="one of trocar models list")
+    importing.add_argument("file", metavar="FILE", type=Path, help="torch file or .safetensors")
+    importing.add_argument(
+        "--replace", action="store_true", help="prefer it to other weights that are installed under that name"
+    )
 
 
 def _models(options: argparse.Namespace) -> int:
     from trocar_engines.models import DEFAULT_MODEL, model_entries, model_entry
 
+    if options.action == "import":
+        return _import_model(options)
     if options.action == "show":
         print(json.dumps(_describe_model(model_entry(options.name)), indent=2))
         return 0
     for entry in model_entries():
-        state = "weights installed" if entry.weights else "no weights"
+        state = f"weights in {entry.weights.name}" if entry.weights else "no weights"
         mark = " (default)" if entry.name == DEFAULT_MODEL else ""
-        print(f"{entry.name:<24} {entry.config.input_size_px:>5} px  {state}{mark}")
+        print(f"{entry.name:<28} {entry.config.input_size_px:>5} px  {state}{mark}")
+    return 0
+
+
+def _import_model(options: argparse.Namespace) -> int:
+    from trocar_engines.models import import_weights, model_entry
+
+    def say(text: str) -> None:
+        print(f"trocar models import: {text}", file=sys.stderr)
+
+    is_new = import_weights(options.name, options.file, is_replacing=options.replace, on_stage=say)
+    say(f"{options.name} is installed" if is_new else f"{options.name}: these weights were installed already")
+    print(json.dumps(_describe_model(model_entry(options.name))))
     return 0
 
 
 def _describe_model(entry: "ModelEntry") -> dict[str, object]:
-    from trocar_engines.models import weights_folders
-    from trocar_engines.network.weights import weights_hash
+    from trocar_engines.models import installed_hash
 
     described: dict[str, object] = {
         "name": entry.name,
@@ -317,12 +542,73 @@ def _describe_model(entry: "ModelEntry") -> dict[str, object]:
     }
     if entry.weights is None:
         described["weights"] = None
-        described["install_weights_into"] = str(weights_folders()[0])
+        described["install_with"] = f"trocar models import {entry.name} FILE"
     else:
         described["weights"] = str(entry.weights)
-        described["weights_hash"] = weights_hash(entry.weights)
+        described["weights_hash"] = installed_hash(entry.weights)
         described["card"] = entry.card
     return described
+
+
+# engines
+
+
+def _add_engines_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|show")
+    actions.add_parser("show", help="every manifest of TensorRT plans, as JSON")
+    summary = "Export a model's engines ahead of time; for TensorRT, build and compare its plans."
+    build = actions.add_parser(
+        "build",
+        help=summary,
+        description=summary,
+        epilog=ENGINES_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    build.add_argument("--model", default="", help="model, see trocar models list")
+    build.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of the installed ones")
+    build.add_argument(
+        "--runtime", required=True, choices=("onnx", "tensorrt"), help="what will run the engines"
+    )
+    build.add_argument(
+        "--max-streams", type=int, default=4, help="pictures of the largest batch (default %(default)s)"
+    )
+    build.add_argument(
+        "--max-objects", type=int, default=8, help="objects of the largest batch (default %(default)s)"
+    )
+
+
+def _engines(options: argparse.Namespace) -> int:
+    from trocar_engines.export import default_cache, engine_folder, export_stages
+    from trocar_engines.models import DEFAULT_MODEL, load_network
+    from trocar_engines.plans import build_model_plans, read_manifests
+
+    def say(text: str) -> None:
+        print(f"trocar engines build: {text}", file=sys.stderr)
+
+    cache = default_cache()
+    if options.action == "show":
+        print(json.dumps([asdict(manifest) for manifest in read_manifests(cache)], indent=2))
+        return 0
+    for flag, number in (("--max-streams", options.max_streams), ("--max-objects", options.max_objects)):
+        if number < 1:
+            raise ConfigError(f"{flag} {number}: expected at least 1")
+    model = options.model or DEFAULT_MODEL
+    network = load_network(model, options.weights)
+    if options.runtime == "onnx":
+        folder = engine_folder(cache, network)
+        export_stages(network, folder, lambda stage: say(f"exporting {stage}"))
+        print(json.dumps({"model": model, "engines": str(folder)}))
+        return 0
+    manifest = build_model_plans(
+        model,
+        network,
+        cache=cache,
+        pictures=options.max_streams,
+        rows=options.max_objects,
+        on_progress=say,
+    )
+    print(json.dumps(asdict(manifest)))
+    return 0
 
 
 # track
@@ -337,7 +623,7 @@ def _add_track_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="new or empty folder for results"
     )
     add_engine_options(parser)
-    parser.add_argument("--server", metavar="ADDR", help="host:port of a running server; else one is started")
+    add_server_options(parser)
 
 
 def _track(options: argparse.Namespace) -> int:
@@ -396,15 +682,20 @@ def _track_source(
 
 def _open_client(options: argparse.Namespace, resources: ExitStack) -> "Client":
     from trocar.client import connect
+
+    if options.server is not None:
+        return resources.enter_context(connect(options.server.split(","), access=read_access(options)))
+    return resources.enter_context(connect(_start_server(options, resources)))
+
+
+def _start_server(options: argparse.Namespace, resources: ExitStack, *, max_streams: int = 1) -> str:
+    """Start a server of our own; returns its address."""
     from trocar.local import LocalServer
     from trocar_engines.preprocess import resize_to_model
 
-    address = options.server
-    if address is None:
-        scheduler = options.start_scheduler(read_engine_options(options))
-        resources.callback(scheduler.close)
-        address = resources.enter_context(LocalServer(scheduler, resize_to_model)).address
-    return resources.enter_context(connect(address))
+    scheduler = options.start_scheduler(read_engine_options(options, max_streams=max_streams))
+    resources.callback(scheduler.close)
+    return resources.enter_context(LocalServer(scheduler, resize_to_model)).address
 
 
 def _run_with_progress(run: "TrackRun", source: "Source", out: Path, resources: ExitStack) -> "TrackSummary":
@@ -444,7 +735,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, default=600, help="length of the clip (default %(default)s)")
     add_engine_options(parser)
-    parser.add_argument("--server", metavar="ADDR", help="host:port of a running server; else one is started")
+    add_server_options(parser)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -474,8 +765,49 @@ def _demo(options: argparse.Namespace) -> int:
         resources.callback(source.close)
         summary = _track_source(options, source, str(clip.video), prompts, result, resources)
     score = score_demo(clip, result / "masks")
-    print(f"watch {result / 'overlay.mp4'}", file=sys.stderr)
+    print(f"watch {result / 'overlay.mp4'}; to tap instruments yourself: trocar ui", file=sys.stderr)
     print(json.dumps({**asdict(summary), **asdict(score), "out": str(options.out)}))
+    return 0
+
+
+# ui
+
+
+def _add_ui_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default="127.0.0.1:8080", help="host:port of the page (default %(default)s)"
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="INPUT",
+        help="video file, folder of frames or rtsp:// URL that the page may choose; more than one is fine",
+    )
+    parser.add_argument("--self-signed", action="store_true", help="https with a certificate made just now")
+    parser.add_argument("--cert", type=Path, metavar="FILE", help="certificate in PEM form, for https")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="its key")
+    add_engine_options(parser)
+    add_server_options(parser)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from trocar.ui import UiConfig, serve_ui
+    from trocar_engines.export import default_cache
+
+    config = UiConfig(
+        address=options.address,
+        sources=tuple(options.source),
+        cache=default_cache().parent / "operation",
+        is_self_signed=options.self_signed,
+        certificate=options.cert,
+        key=options.key,
+        access=read_access(options),
+    )
+    with ExitStack() as resources:
+        # One stream, and one more while its predecessor is being closed.
+        address = options.server or _start_server(options, resources, max_streams=2)
+        serve_ui(config, address, lambda text: print(f"trocar ui: {text}", file=sys.stderr))
     return 0
 
 
@@ -496,6 +828,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to begin with")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PREFIX",
+        help="let only parameters learn whose names begin so, for instance semantic_head for other classes",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for every core")
 
@@ -506,6 +844,8 @@ def _train(options: argparse.Namespace) -> int:
     from trocar_engines.training.store import render_store
     from trocar_engines.training.train import Progress, TrainConfig, train
 
+    if options.only and options.start_from is None:
+        raise TrocarError("--only needs --start-from: the rest of the network would stay random")
     threads = options.threads or cpu_threads()
     size_px = network_config(options.model).input_size_px
     with _show_progress("rendering clips", options.scenes + options.worlds) as on_clip:
@@ -528,6 +868,7 @@ def _train(options: argparse.Namespace) -> int:
         seed=options.seed,
         start_from=options.start_from,
         device=options.device,
+        only=options.only,
     )
     last: Progress | None = None
 
@@ -580,7 +921,24 @@ COMMANDS = (
         run=_serve,
     ),
     Command(
-        name="models", summary="List the models, or show one.", add_options=_add_models_options, run=_models
+        name="ui",
+        summary="Serve the surgeon's page: live picture, masklets, taps.",
+        epilog=UI_EPILOG,
+        add_options=_add_ui_options,
+        run=_ui,
+    ),
+    Command(
+        name="models",
+        summary="List the models, show one, or install a checkpoint.",
+        epilog=MODELS_EPILOG,
+        add_options=_add_models_options,
+        run=_models,
+    ),
+    Command(
+        name="engines",
+        summary="Build what runs a model ahead of time, or show the TensorRT plans there are.",
+        add_options=_add_engines_options,
+        run=_engines,
     ),
     Command(
         name="train",

@@ -1,20 +1,28 @@
-"""What both faces of the client share: values to messages and back, and which frames are unanswered.
+"""What both faces of the client share: values to messages and back, which frames are unanswered, and what to
+send again when a server fails.
 
-No I/O and no waiting here. Whoever reconnects one day finds what to replay in this place.
+No I/O and no waiting here. A face takes messages from the core and hands responses to it. After a fault it
+opens another call and rewinds the core, which then gives out the kept packets and the objects' last good
+masks before anything new, and swallows what was answered before.
 """
 
 import threading
-from collections.abc import Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from typing import Literal
 
+import grpc
 import numpy as np
 
 from trocar import messages
 from trocar.decode import Codec, ColorMatrix
-from trocar.errors import ContractError
+from trocar.errors import ConfigError, ContractError
 from trocar.masklet_codec import EncodedMask, MaskEncoding, decode_mask, encode_mask
+from trocar.replay import ObjectStore, PacketStore
 from trocar.telemetry import STAGES
 from trocar.v1 import tracking_pb2 as pb
 from trocar_engines.masklets import BoolArray, ObjectState, Prompt, PromptMode
@@ -29,6 +37,36 @@ EVERY_WINDOW_FRAMES = 6
 and 65, 100, 125 and 170 ms of service latency."""
 LIVE_WINDOW_FRAMES = 60
 """A second at 60 frames/s: a server that owes more is gone or hopelessly late."""
+CATCH_UP_WINDOW_FRAMES = 16
+"""Sent again at once: enough for a live server to decode ahead and track only the newest, and well below the
+30 packets that it lets wait, so that it skips none."""
+MOST_FUTILE_RESUMPTIONS = 3
+"""One after the other without a new result: then it is what we send that the servers fail on."""
+RECOVERABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+"""Directly a dead server is UNAVAILABLE, behind nginx INTERNAL, behind haproxy CANCELLED."""
+OBJECT_LOST = "object_lost"
+"""Reason of a Notice about an object that could not be taken up again."""
+END: Literal["end"] = "end"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reconnect:
+    """How a stream outlives its server.
+
+    Args:
+        timeout_s: since the fault; then the stream fails. 0 never reconnects.
+        silence_s: without an answer to what was sent, after which a server counts as dead.
+    """
+
+    timeout_s: float = 30.0
+    silence_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 0 or self.silence_s <= 0:
+            raise ConfigError(
+                f"reconnect: timeout_s {self.timeout_s:g}, silence_s {self.silence_s:g}: expected 0 or more, "
+                "and above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +77,7 @@ class StreamOptions:
         codec: format of the payloads.
         is_live: newest frame first, others dropped (LATEST); otherwise every frame is tracked (EVERY).
         model: empty for the server's default.
-        memory: "vanilla" or "fifo"; empty for the server's default.
+        memory: "vanilla", "fifo" or "spread"; empty for the server's default.
         width_px: raw formats only.
         height_px: raw formats only.
         color_matrix: NV12 only.
@@ -95,6 +133,13 @@ class Removal:
     """An object to forget."""
 
     object_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pin:
+    """A frame to keep for prompts until another one is pinned."""
+
+    frame_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,20 +249,91 @@ class Opened:
     max_objects: int
 
 
-Event = Opened | Result | PromptAccepted | PromptRejected | KeyframeWanted | Notice
-Request = Frame | Prompt | Removal
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """Another server, or the same one again, has taken up the stream; object ids go on.
+
+    Args:
+        address: of the server.
+        stream_id: its number of the stream.
+        outage_s: from the fault to its answer.
+        attempts: calls that it took.
+        replayed_frames: sent again.
+        lost_frame_ids: sent before, never answered and not sent again.
+        unsent_frames: that `send` refused meanwhile.
+        lost_object_ids: objects that were not seen recently enough to be taken up: prompt them anew.
+    """
+
+    address: str
+    stream_id: int
+    outage_s: float
+    attempts: int
+    replayed_frames: int
+    lost_frame_ids: tuple[int, ...]
+    unsent_frames: int
+    lost_object_ids: tuple[int, ...]
 
 
-@dataclass
+Event = Opened | Result | PromptAccepted | PromptRejected | KeyframeWanted | Notice | Resumed
+Request = Frame | Prompt | Pin | Removal
+
+
+@dataclass(eq=False)
+class _Outage:
+    """What is known of a fault until a server answers."""
+
+    began_s: float
+    address: str = ""
+    attempts: int = 0
+    replayed_frames: int = 0
+    unsent_frames: int = 0
+    lost_frame_ids: list[int] = field(default_factory=list)
+    lost_object_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class StreamCore:
-    """One stream's state on the client. Thread safe; used by both faces."""
+    """One stream's state on the client. Thread safe; used by both faces.
+
+    Args:
+        options: of the stream.
+        clock: monotonic, s.
+    """
 
     options: StreamOptions
+    clock: Callable[[], float] = time.monotonic
     _next_frame_id: int = 0
     _next_prompt_id: int = 1
     _unanswered: set[int] = field(default_factory=set)
     _prompts: dict[int, Prompt] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    # What goes out: a frame's id, or None for the rest, and the message.
+    _waiting: deque[tuple[int | None, pb.TrackRequest]] = field(default_factory=deque)
+    _on_the_way: dict[int, float] = field(default_factory=dict)
+    _listening_since_s: float | None = None
+    _is_finished: bool = False
+    _is_leaving: bool = False
+    # What another server would need.
+    _packets: PacketStore = field(init=False)
+    _objects: ObjectStore = field(default_factory=ObjectStore)
+    _void_prompts: set[int] = field(default_factory=set)
+    _picture_size: tuple[int, int] = (0, 0)
+    # What the present call repeats.
+    _has_opened: bool = False
+    _outage: _Outage | None = None
+    _is_catching_up: bool = False
+    _resent_up_to: int = -1
+    _reprompts: dict[int, int] = field(default_factory=dict)
+    _asked: set[int] = field(default_factory=set)
+    _own_events: list[Event] = field(default_factory=list)
+    _futile_resumptions: int = 0
+    _dropped_before: int = 0
+    _dropped_total: int = 0
+    _swallowed_drops: int = 0
+    _unreported_drops: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._packets = PacketStore(codec=self.options.codec)
 
     @property
     def unanswered_frames(self) -> int:
@@ -229,6 +345,160 @@ class StreamCore:
         """Whether another frame should be sent now."""
         window = LIVE_WINDOW_FRAMES if self.options.is_live else EVERY_WINDOW_FRAMES
         return len(self._unanswered) < window
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything was sent and answered."""
+        return self._is_finished and not (self._unanswered or self._prompts)
+
+    def begin_listening(self) -> None:
+        """Note that a response is waited for."""
+        self._listening_since_s = self.clock()
+
+    def end_listening(self) -> None:
+        """Note that a response came, or will not."""
+        self._listening_since_s = None
+
+    def is_server_silent(self, silence_s: float) -> bool:
+        """Tell whether frames are owed and nothing came for so long, while somebody was listening."""
+        with self._lock:
+            listening_s, owed_s = self._listening_since_s, next(iter(self._on_the_way.values()), None)
+            if listening_s is None or owed_s is None:
+                return False
+            return self.clock() - max(listening_s, owed_s) > silence_s
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the present call ends on our own wish, to go on with another server."""
+        return self._is_leaving
+
+    @property
+    def attempts(self) -> int:
+        """Calls since the fault."""
+        return 0 if self._outage is None else self._outage.attempts
+
+    def finish(self) -> None:
+        """Note that nothing more will be written."""
+        self._is_finished = True
+
+    def leave(self) -> None:
+        """End the call once it has answered; what is written from now on waits for another server."""
+        self._is_leaving = True
+
+    def note_unsent(self) -> None:
+        """Count a frame that found no room while there was no server."""
+        with self._lock:
+            if self._outage is not None:
+                self._outage.unsent_frames += 1
+
+    def take(self) -> pb.TrackRequest | Literal["end"] | None:
+        """The next message for the present call; None when there is none now, `END` after the last."""
+        with self._lock:
+            if self._is_leaving:
+                return END
+            if not self._waiting:
+                # What is new waits too until the objects are there again: else its result would lack them.
+                self._is_catching_up = self._is_catching_up and bool(self._asked)
+                return END if self._is_finished else None
+            frame_id, message = self._waiting[0]
+            if frame_id is None:
+                if message.prompt.prompt_id in self._reprompts:
+                    self._asked.add(message.prompt.prompt_id)
+            else:
+                # An object's frame must find room in the server's queues, else it cannot be prompted on.
+                is_full = len(self._on_the_way) >= CATCH_UP_WINDOW_FRAMES or bool(self._asked)
+                if self._is_catching_up and is_full:
+                    return None
+                self._on_the_way[frame_id] = self.clock()
+            self._waiting.popleft()
+            return message
+
+    def note_fault(self) -> None:
+        """Note that the present call is over before its time."""
+        with self._lock:
+            if self._outage is None:
+                self._outage = _Outage(began_s=self.clock())
+            self._on_the_way.clear()
+
+    def may_resume(self, code: grpc.StatusCode) -> bool:
+        """Tell whether a call that ended with that code is worth another one."""
+        is_full = code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._is_between_servers
+        return self._futile_resumptions < MOST_FUTILE_RESUMPTIONS and (code in RECOVERABLE or is_full)
+
+    @property
+    def _is_between_servers(self) -> bool:
+        # A server that is full, perhaps of streams whose clients it still believes alive.
+        return self._has_opened and self._outage is not None
+
+    def outage_s(self) -> float:
+        """Time since the fault."""
+        return 0.0 if self._outage is None else self.clock() - self._outage.began_s
+
+    def rewind(self, address: str) -> None:
+        """Begin anew on another call: kept packets, last good masks, unanswered prompts, then what is new.
+
+        Args:
+            address: of the server that is called.
+        """
+        with self._lock:
+            self.note_fault()
+            assert self._outage is not None
+            outage = self._outage
+            outage.address, outage.attempts = address, outage.attempts + 1
+            self._is_leaving = False
+            self._dropped_before, self._swallowed_drops = self._dropped_total, 0
+            self._packets.trim(unanswered=self._unanswered, anchors=self._objects.anchors)
+            self._reprompts.clear()
+            self._asked.clear()
+            self._waiting = deque(self._list_again())
+            self._is_catching_up = True
+            self._resent_up_to = self._next_frame_id - 1
+            kept = {frame_id for frame_id, _ in self._waiting if frame_id is not None}
+            outage.replayed_frames = len(kept)
+            lost = sorted(self._unanswered - kept)
+            self._unanswered &= kept
+            outage.lost_frame_ids += lost
+            self._give_up_prompts(kept)
+
+    def _list_again(self) -> Iterable[tuple[int | None, pb.TrackRequest]]:
+        """Frames in order, each followed by the masks and the prompts that belong to it."""
+        goods = [(object_id, good) for object_id, good in self._objects.items() if good is not None]
+        for kept in self._packets:
+            yield kept.frame_id, kept.message
+            for object_id, good in goods:
+                if good.frame_id == kept.frame_id:
+                    prompt = Prompt(
+                        object_id=object_id,
+                        frame_id=good.frame_id,
+                        mask=good.read_mask(),
+                        mode=PromptMode.REPLACE,
+                    )
+                    prompt_id, self._next_prompt_id = self._next_prompt_id, self._next_prompt_id + 1
+                    self._reprompts[prompt_id] = object_id
+                    yield None, _write_prompt(prompt, prompt_id)
+            for prompt_id, prompt in self._prompts.items():
+                if prompt.frame_id == kept.frame_id and prompt_id not in self._void_prompts:
+                    yield None, _write_prompt(prompt, prompt_id)
+
+    def _give_up_prompts(self, kept: set[int]) -> None:
+        """Answer what cannot be asked again, and name the objects that cannot be taken up."""
+        assert self._outage is not None
+        for prompt_id, prompt in list(self._prompts.items()):
+            if prompt_id in self._void_prompts or prompt.frame_id not in kept:
+                del self._prompts[prompt_id]
+                self._void_prompts.discard(prompt_id)
+                text = "the server failed before it answered, and the frame cannot be sent again: prompt anew"
+                self._own_events.append(PromptRejected(prompt=prompt, reason="unknown_frame", message=text))
+        for object_id, good in self._objects.items():
+            if good is None or good.frame_id not in kept:
+                self._outage.lost_object_ids.append(object_id)
+                self._objects.forget(object_id, next_frame_id=self._next_frame_id)
+
+    def take_own_events(self) -> list[Event]:
+        """Events that no response brought."""
+        with self._lock:
+            events, self._own_events = self._own_events, []
+            return events
 
     def write_open(self) -> pb.TrackRequest:
         """Write the first message."""
@@ -257,110 +527,203 @@ class StreamCore:
         return pb.TrackRequest(open_stream=message)
 
     def write(self, request: Request) -> pb.TrackRequest:
-        """Write a frame, prompt or removal, and count what will be answered."""
-        match request:
-            case Frame():
-                return self._write_frame(request)
-            case Prompt():
-                return self._write_prompt(request)
-            case Removal():
-                return pb.TrackRequest(remove_object=pb.RemoveObject(object_id=request.object_id))
+        """Write a frame, prompt, pin or removal, to be taken in its turn, and count what will be answered.
+
+        Returns:
+            the message.
+        """
+        with self._lock:
+            match request:
+                case Frame():
+                    return self._write_frame(request)
+                case Prompt():
+                    prompt_id, self._next_prompt_id = self._next_prompt_id, self._next_prompt_id + 1
+                    self._prompts[prompt_id] = request
+                    message = _write_prompt(request, prompt_id)
+                case Pin():
+                    message = pb.TrackRequest(pin_frame=pb.PinFrame(frame_id=request.frame_id))
+                case Removal():
+                    object_id = request.object_id
+                    self._objects.forget(object_id, next_frame_id=self._next_frame_id)
+                    self._void_prompts.update(
+                        one for one, prompt in self._prompts.items() if prompt.object_id == object_id
+                    )
+                    message = pb.TrackRequest(remove_object=pb.RemoveObject(object_id=object_id))
+            self._waiting.append((None, message))
+            return message
 
     def write_reset(self) -> pb.TrackRequest:
         """Write that all objects are to be forgotten."""
-        return pb.TrackRequest(reset_stream=pb.ResetStream())
+        with self._lock:
+            self._objects.forget_all(next_frame_id=self._next_frame_id)
+            self._void_prompts.update(self._prompts)
+            message = pb.TrackRequest(reset_stream=pb.ResetStream())
+            self._waiting.append((None, message))
+            return message
 
-    def read(self, response: pb.TrackResponse) -> Event:
-        """Read a response, and note which frames it answers."""
-        kind = response.WhichOneof("response")
-        match kind:
-            case "frame_result":
-                return self._read_result(response.frame_result)
-            case "prompt_accepted":
-                accepted = response.prompt_accepted
-                return PromptAccepted(
-                    prompt=self._prompts.pop(accepted.prompt_id),
-                    frame_id=accepted.frame_id,
-                    tracked=_read_object(accepted.masklet),
-                )
-            case "prompt_rejected":
-                rejected = response.prompt_rejected
-                return PromptRejected(
-                    prompt=self._prompts.pop(rejected.prompt_id),
-                    reason=pb.RejectionReason.Name(rejected.reason).removeprefix("REJECTION_REASON_").lower(),
-                    message=rejected.message,
-                )
-            case "keyframe_request":
-                return KeyframeWanted(frame_id=response.keyframe_request.frame_id)
-            case "stream_warning":
-                return self._read_warning(response.stream_warning)
-            case "stream_opened":
-                return _read_opened(response.stream_opened)
-            case None:
-                raise ContractError("the server sent an empty response: is it newer than this client?")
+    def read(self, response: pb.TrackResponse) -> Event | None:
+        """Read a response, and note which frames it answers.
+
+        Returns:
+            None for the answer to something that was sent again and answered before.
+        """
+        with self._lock:
+            kind = response.WhichOneof("response")
+            match kind:
+                case "frame_result":
+                    return self._read_result(response.frame_result)
+                case "prompt_accepted":
+                    return self._read_accepted(response.prompt_accepted)
+                case "prompt_rejected":
+                    return self._read_rejected(response.prompt_rejected)
+                case "keyframe_request":
+                    frame_id = response.keyframe_request.frame_id
+                    # A gap between kept packets ends at the next keyframe among them.
+                    is_own_gap = frame_id <= self._resent_up_to and frame_id < (
+                        self._packets.first_of_last_group or 0
+                    )
+                    return None if is_own_gap else KeyframeWanted(frame_id=frame_id)
+                case "stream_warning":
+                    return self._read_warning(response.stream_warning)
+                case "stream_opened":
+                    return self._read_opened(response.stream_opened)
+                case None:
+                    raise ContractError("the server sent an empty response: is it newer than this client?")
 
     def _write_frame(self, frame: Frame) -> pb.TrackRequest:
-        with self._lock:
-            frame_id = self._next_frame_id if frame.frame_id is None else frame.frame_id
-            self._next_frame_id = frame_id + 1
-            self._unanswered.add(frame_id)
-        message = pb.VideoFrame(
-            frame_id=frame_id,
-            pts=frame.pts,
-            capture_time_ns=frame.capture_time_ns,
-            payload=frame.payload,
-            width_px=frame.width_px,
-            height_px=frame.height_px,
+        frame_id = self._next_frame_id if frame.frame_id is None else frame.frame_id
+        self._next_frame_id = frame_id + 1
+        self._unanswered.add(frame_id)
+        message = pb.TrackRequest(
+            video_frame=pb.VideoFrame(
+                frame_id=frame_id,
+                pts=frame.pts,
+                capture_time_ns=frame.capture_time_ns,
+                payload=frame.payload,
+                width_px=frame.width_px,
+                height_px=frame.height_px,
+            )
         )
-        return pb.TrackRequest(video_frame=message)
+        self._packets.add(frame_id, message, unanswered=self._unanswered, anchors=self._objects.anchors)
+        self._waiting.append((frame_id, message))
+        return message
 
-    def _write_prompt(self, prompt: Prompt) -> pb.TrackRequest:
-        with self._lock:
-            prompt_id, self._next_prompt_id = self._next_prompt_id, self._next_prompt_id + 1
-            self._prompts[prompt_id] = prompt
-        labels = {0: pb.POINT_LABEL_OFF_OBJECT, 1: pb.POINT_LABEL_ON_OBJECT}
-        message = pb.Prompt(
-            object_id=prompt.object_id,
-            frame_id=prompt.frame_id,
-            points=[
-                pb.Point(x=x, y=y, label=labels.get(label, pb.POINT_LABEL_UNSPECIFIED))
-                for (x, y), label in zip(prompt.points, prompt.labels, strict=True)
-            ],
-            mode=MODE_NUMBERS[prompt.mode],
-            prompt_id=prompt_id,
-        )
-        if prompt.box is not None:
-            x_min, y_min, x_max, y_max = prompt.box
-            message.box.CopyFrom(pb.Box(x_min=x_min, y_min=y_min, x_max=x_max, y_max=y_max))
-        if prompt.mask is not None:
-            message.mask.CopyFrom(messages.write_mask(encode_mask(prompt.mask.astype(np.bool_))))
-        return pb.TrackRequest(prompt=message)
-
-    def _read_result(self, result: pb.FrameResult) -> Result:
+    def _read_result(self, result: pb.FrameResult) -> Result | None:
+        is_known = result.frame_id <= self._resent_up_to and result.frame_id not in self._unanswered
+        dropped = tuple(self._keep_new(result.dropped_frame_ids))
+        self._swallowed_drops += len(result.dropped_frame_ids) - len(dropped)
         self._settle([result.frame_id, *result.dropped_frame_ids])
+        self._dropped_total = self._dropped_before + result.dropped_frames_total - self._swallowed_drops
+        if is_known:
+            # Drops that nobody has heard of ride on the next result.
+            self._unreported_drops += dropped
+            return None
+        dropped, self._unreported_drops = (*self._unreported_drops, *dropped), ()
+        self._futile_resumptions = 0
+        self._picture_size = result.width_px, result.height_px
+        objects = tuple(_read_object(masklet) for masklet in result.masklets)
+        if result.is_trusted:
+            for tracked in objects:
+                self._objects.see(result.frame_id, tracked, *self._picture_size)
         return Result(
             frame_id=result.frame_id,
             pts=result.pts if result.HasField("pts") else None,
             capture_time_ns=result.capture_time_ns,
-            objects=tuple(_read_object(masklet) for masklet in result.masklets),
+            objects=objects,
             is_trusted=result.is_trusted,
             width_px=result.width_px,
             height_px=result.height_px,
             stage_ns={stage: getattr(result.stages, f"{stage}_ns") for stage in STAGES},
             service_latency_ns=result.service_latency_ns,
             queue_depth_frames=result.queue_depth_frames,
-            dropped_frame_ids=tuple(result.dropped_frame_ids),
-            dropped_frames_total=result.dropped_frames_total,
+            dropped_frame_ids=dropped,
+            dropped_frames_total=self._dropped_total,
         )
 
-    def _read_warning(self, warning: pb.StreamWarning) -> Notice:
+    def _keep_new(self, frame_ids: Iterable[int]) -> list[int]:
+        """Those that were not accounted for on an earlier call."""
+        return [one for one in frame_ids if one > self._resent_up_to or one in self._unanswered]
+
+    def _read_accepted(self, accepted: pb.PromptAccepted) -> PromptAccepted | None:
+        self._asked.discard(accepted.prompt_id)
+        if self._reprompts.pop(accepted.prompt_id, None) is not None:
+            return None
+        tracked = _read_object(accepted.masklet)
+        if accepted.prompt_id not in self._void_prompts:
+            size = self._picture_size
+            if not all(size):
+                size = tracked.encoded_mask.width_px, tracked.encoded_mask.height_px
+            self._objects.accept(accepted.frame_id, tracked, *size)
+        self._void_prompts.discard(accepted.prompt_id)
+        prompt = self._prompts.pop(accepted.prompt_id)
+        return PromptAccepted(prompt=prompt, frame_id=accepted.frame_id, tracked=tracked)
+
+    def _read_rejected(self, rejected: pb.PromptRejected) -> PromptRejected | Notice:
+        self._asked.discard(rejected.prompt_id)
+        object_id = self._reprompts.pop(rejected.prompt_id, None)
+        if object_id is not None:
+            self._objects.forget(object_id, next_frame_id=self._next_frame_id)
+            text = f"object {object_id} could not be taken up again, prompt it anew: {rejected.message}"
+            return Notice(reason=OBJECT_LOST, message=text, lost_frame_ids=())
+        self._void_prompts.discard(rejected.prompt_id)
+        return PromptRejected(
+            prompt=self._prompts.pop(rejected.prompt_id),
+            reason=pb.RejectionReason.Name(rejected.reason).removeprefix("REJECTION_REASON_").lower(),
+            message=rejected.message,
+        )
+
+    def _read_opened(self, opened: pb.StreamOpened) -> Opened | Resumed:
+        outage, self._outage = self._outage, None
+        if not self._has_opened or outage is None:
+            self._has_opened = True
+            return _read_opened(opened)
+        self._futile_resumptions += 1
+        return Resumed(
+            address=outage.address,
+            stream_id=opened.stream_id,
+            outage_s=self.clock() - outage.began_s,
+            attempts=outage.attempts,
+            replayed_frames=outage.replayed_frames,
+            lost_frame_ids=tuple(outage.lost_frame_ids),
+            unsent_frames=outage.unsent_frames,
+            lost_object_ids=tuple(outage.lost_object_ids),
+        )
+
+    def _read_warning(self, warning: pb.StreamWarning) -> Notice | None:
+        lost = self._keep_new(warning.lost_frame_ids)
+        is_repeating = next(iter(self._on_the_way), self._next_frame_id) <= self._resent_up_to
         self._settle(warning.lost_frame_ids)
-        name = pb.WarningReason.Name(warning.reason).removeprefix("WARNING_REASON_").lower()
-        return Notice(reason=name, message=warning.message, lost_frame_ids=tuple(warning.lost_frame_ids))
+        is_shutdown = warning.reason == pb.WARNING_REASON_SHUTTING_DOWN
+        if is_repeating and not lost and not is_shutdown:
+            # Gaps and changes of size between kept packets were told when they came first.
+            return None
+        name = messages.name_warning(warning.reason)
+        return Notice(reason=name, message=warning.message, lost_frame_ids=tuple(lost))
 
     def _settle(self, frame_ids: Iterable[int]) -> None:
-        with self._lock:
-            self._unanswered.difference_update(frame_ids)
+        for frame_id in frame_ids:
+            self._unanswered.discard(frame_id)
+            self._on_the_way.pop(frame_id, None)
+
+
+def _write_prompt(prompt: Prompt, prompt_id: int) -> pb.TrackRequest:
+    labels = {0: pb.POINT_LABEL_OFF_OBJECT, 1: pb.POINT_LABEL_ON_OBJECT}
+    message = pb.Prompt(
+        object_id=prompt.object_id,
+        frame_id=prompt.frame_id,
+        points=[
+            pb.Point(x=x, y=y, label=labels.get(label, pb.POINT_LABEL_UNSPECIFIED))
+            for (x, y), label in zip(prompt.points, prompt.labels, strict=True)
+        ],
+        mode=MODE_NUMBERS[prompt.mode],
+        prompt_id=prompt_id,
+    )
+    if prompt.box is not None:
+        x_min, y_min, x_max, y_max = prompt.box
+        message.box.CopyFrom(pb.Box(x_min=x_min, y_min=y_min, x_max=x_max, y_max=y_max))
+    if prompt.mask is not None:
+        message.mask.CopyFrom(messages.write_mask(encode_mask(prompt.mask.astype(np.bool_))))
+    return pb.TrackRequest(prompt=message)
 
 
 def _read_opened(opened: pb.StreamOpened) -> Opened:

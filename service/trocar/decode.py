@@ -6,7 +6,9 @@ threading holds one back and deadlocks the process when dropped with frames in f
 
 import enum
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import av
@@ -99,27 +101,28 @@ class Packet:
     height_px: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedPicture:
     """A picture in source pixels.
 
     Args:
-        rgb: uint8 [H, W, 3]; may be read-only and borrowed from the packet.
+        width_px: of the picture.
+        height_px: of the picture.
+        convert: to uint8 [H, W, 3].
         is_trusted: False when the packet, or one that it depends on, was damaged or missing.
     """
 
-    rgb: UInt8Array
+    width_px: int
+    height_px: int
+    convert: Callable[[], UInt8Array]
     is_trusted: bool
 
-    @property
-    def width_px(self) -> int:
-        """Width of the picture."""
-        return int(self.rgb.shape[1])
-
-    @property
-    def height_px(self) -> int:
-        """Height of the picture."""
-        return int(self.rgb.shape[0])
+    @cached_property
+    def rgb(self) -> UInt8Array:
+        """Pixels, uint8 [H, W, 3]; may be read-only and borrowed from the packet. Converted when first asked
+        for: a picture that is only there for the ones after it costs its decoding alone.
+        """
+        return self.convert()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +211,12 @@ class PacketDecoder:
             faults.append(Fault(kind=FaultKind.UNDECODABLE, message=f"frame {frame_id}: {pixels.damage}"))
         elif pixels.is_keyframe:
             self._is_trusted = True
-        picture = DecodedPicture(rgb=pixels.rgb, is_trusted=self._is_trusted)
+        picture = DecodedPicture(
+            width_px=pixels.width_px,
+            height_px=pixels.height_px,
+            convert=pixels.convert,
+            is_trusted=self._is_trusted,
+        )
         size, previous = (picture.width_px, picture.height_px), self._last_size
         self._last_size = size
         if previous is not None and size != previous:
@@ -278,7 +286,9 @@ class _BadPacketError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Pixels:
-    rgb: UInt8Array
+    width_px: int
+    height_px: int
+    convert: Callable[[], UInt8Array]
     is_keyframe: bool = True
     damage: str | None = None
 
@@ -317,8 +327,13 @@ class _InterCoder:
         frame = self._find_frame(packet.payload)
         _check_pixels(frame.width, frame.height, self._video.max_pixels)
         damage = "the packet is truncated or garbled" if frame.is_corrupt else None
-        rgb = _as_uint8(frame.to_ndarray(format="rgb24"))
-        return _Pixels(rgb=rgb, is_keyframe=bool(frame.key_frame), damage=damage)
+        return _Pixels(
+            width_px=frame.width,
+            height_px=frame.height,
+            convert=lambda: _as_uint8(frame.to_ndarray(format="rgb24")),
+            is_keyframe=bool(frame.key_frame),
+            damage=damage,
+        )
 
     def _check(self, payload: bytes) -> None:
         if not payload:
@@ -385,7 +400,7 @@ class _JpegCoder:
         # Depending on where it ends, libjpeg fills what is missing with grey and says nothing. Cameras pad
         # with zeros.
         is_whole = payload.rstrip(b"\x00").endswith(JPEG_END)
-        return _Pixels(rgb=_as_uint8(rgb), damage=None if is_whole else "the JPEG is truncated")
+        return _hold(_as_uint8(rgb), damage=None if is_whole else "the JPEG is truncated")
 
 
 class _RawCoder:
@@ -411,15 +426,22 @@ class _RawCoder:
             )
         flat = np.frombuffer(packet.payload, np.uint8)
         if is_rgb:
-            return _Pixels(rgb=flat.reshape(height_px, width_px, 3))
+            return _hold(flat.reshape(height_px, width_px, 3))
         frame = av.VideoFrame.from_ndarray(flat.reshape(height_px * 3 // 2, width_px), format="nv12")
         rgb = frame.to_ndarray(format="rgb24", src_colorspace=self._video.color_matrix.value)
-        return _Pixels(rgb=_as_uint8(rgb))
+        return _hold(_as_uint8(rgb))
+
+
+def _hold(rgb: UInt8Array, *, damage: str | None = None) -> _Pixels:
+    height_px, width_px, _ = rgb.shape
+    return _Pixels(width_px=width_px, height_px=height_px, convert=lambda: rgb, damage=damage)
 
 
 def _check_pixels(width_px: int, height_px: int, max_pixels: int) -> None:
     if width_px * height_px > max_pixels:
-        message = f"the picture has {width_px}x{height_px} pixels, expected at most {max_pixels} in all"
+        message = (
+            f"limit max_picture_pixels: the picture has {width_px}x{height_px}, expected at most {max_pixels}"
+        )
         raise _BadPacketError(message, is_misfit=True)
 
 

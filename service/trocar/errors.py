@@ -7,6 +7,11 @@
     ├── MaskDataError           coded pixels that do not describe a mask
     ├── ConfigError             settings that make no sense
     ├── ServerNotReadyError     warming up or shutting down
+    ├── NotAdmittedError        a peer that the server does not know
+    ├── ForbiddenError          a client that may not open what it asked for
+    ├── LimitError              a stream beyond one of the server's limits
+    │   └── UnreadError         a client that does not read
+    ├── DecoderHungError        a packet whose decoding does not end
     ├── SourceError             INPUT that cannot be read as video
     ├── ResultError             results that cannot be written
     └── ConnectionFailedError   a server that cannot be reached, or ended the call
@@ -20,12 +25,17 @@ __all__ = [
     "ConfigError",
     "ConnectionFailedError",
     "ContractError",
+    "DecoderHungError",
+    "ForbiddenError",
+    "LimitError",
     "MaskDataError",
+    "NotAdmittedError",
     "ResultError",
     "ServerNotReadyError",
     "SourceError",
     "TrocarError",
     "UnknownFrameError",
+    "UnreadError",
 ]
 
 
@@ -47,6 +57,44 @@ class ConfigError(TrocarError):
 
 class ServerNotReadyError(TrocarError):
     """The server is warming up or shutting down."""
+
+
+class NotAdmittedError(TrocarError):
+    """A peer that the server does not know; the text is for the server's log only.
+
+    Args:
+        reason: why, for the log.
+        is_known: it has shown who it is, and is not on the list.
+    """
+
+    def __init__(self, reason: str, *, is_known: bool) -> None:
+        super().__init__(reason)
+        self.is_known = is_known
+
+
+class ForbiddenError(TrocarError):
+    """A client that is admitted, but not to what it asked for."""
+
+
+class LimitError(TrocarError):
+    """A stream beyond one of the server's limits.
+
+    Args:
+        limit: its name in `ServerConfig`, or in the clients file.
+        message: what was received, and the remedy.
+    """
+
+    def __init__(self, limit: str, message: str) -> None:
+        super().__init__(f"limit {limit}: {message}")
+        self.limit = limit
+
+
+class UnreadError(LimitError):
+    """A client that does not read its results; it cannot be told why its stream ends."""
+
+
+class DecoderHungError(TrocarError):
+    """A packet whose decoding does not end; the stream is given up."""
 
 
 class SourceError(TrocarError):

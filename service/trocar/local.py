@@ -13,16 +13,17 @@ T = TypeVar("T")
 
 
 class LocalServer:
-    """Serves on a free loopback port for as long as the context lasts.
+    """Serves on a loopback port for as long as the context lasts.
 
     Args:
         scheduler: the tracker; the caller closes it.
         resize: from source pixels to the tracker's input.
+        address: host:port to listen on; port 0 takes a free one.
     """
 
-    def __init__(self, scheduler: Scheduler, resize: Resize) -> None:
+    def __init__(self, scheduler: Scheduler, resize: Resize, address: str = "127.0.0.1:0") -> None:
         # Whoever waits for the results of an own server has no use for a grace period.
-        config = ServerConfig(address="127.0.0.1:0", shutdown_grace_s=0)
+        config = ServerConfig(address=address, shutdown_grace_s=0)
         self._server = TrackingServer(config, scheduler, resize)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trocar-server", daemon=True)

@@ -21,6 +21,8 @@ from trocar_engines.masklets import BoolArray, Float32Array
 VARINT_BITS = 7
 LONGEST_VARINT_BYTES = 5
 """Enough for runs of 2**35 pixels; a longer varint is an attack or a mistake."""
+LEAST_RUN_BYTES = 64
+"""Admitted whatever the size: packed bits of a small mask are a few bytes."""
 
 
 class MaskEncoding(enum.Enum):
@@ -220,6 +222,12 @@ def _encode_varints(values: npt.NDArray[np.int64]) -> bytes:
 
 
 def _decode_run_lengths(data: bytes, pixels: int) -> BoolArray:
+    # Reading runs takes some fifty times their bytes.
+    most_bytes = max(-(-pixels // 8), LEAST_RUN_BYTES)
+    if len(data) > most_bytes:
+        raise MaskDataError(
+            f"mask runs of {len(data)} bytes, expected at most {most_bytes}: send packed bits instead"
+        )
     runs = _decode_varints(data)
     total = int(runs.sum())
     if total != pixels or bool((runs < 0).any()):

@@ -25,7 +25,11 @@ COLOR_MATRICES = {
     pb.COLOR_MATRIX_BT601: ColorMatrix.BT601,
     pb.COLOR_MATRIX_BT709: ColorMatrix.BT709,
 }
-MEMORY_POLICIES = {pb.MEMORY_POLICY_VANILLA: "vanilla", pb.MEMORY_POLICY_FIFO: "fifo"}
+MEMORY_POLICIES = {
+    pb.MEMORY_POLICY_VANILLA: "vanilla",
+    pb.MEMORY_POLICY_FIFO: "fifo",
+    pb.MEMORY_POLICY_SPREAD: "spread",
+}
 POLICY_NUMBERS = {name: number for number, name in MEMORY_POLICIES.items()}
 MASK_ENCODINGS = {
     pb.MASK_ENCODING_UNSPECIFIED: MaskEncoding.RLE,
@@ -47,6 +51,8 @@ WARNING_REASONS = {
     FaultKind.RESOLUTION_CHANGED: pb.WARNING_REASON_RESOLUTION_CHANGED,
 }
 DEFAULT_TIME_BASE = Fraction(1, 90_000)
+SHUTTING_DOWN = "shutting_down"
+"""Name of WARNING_REASON_SHUTTING_DOWN."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +123,7 @@ def _read_video_format(message: pb.VideoFormat, max_pixels: int) -> VideoFormat:
     if codec.is_raw and not 0 < message.width_px * message.height_px <= max_pixels:
         raise ContractError(
             f"OpenStream.video is {message.width_px}x{message.height_px} {codec.value}: expected width_px "
-            f"and height_px above 0 and at most {max_pixels} pixels in all"
+            f"and height_px above 0 and, limit max_picture_pixels, at most {max_pixels} pixels in all"
         )
     return VideoFormat(
         codec=codec,
@@ -146,6 +152,9 @@ def write_limits(config: ServerConfig) -> pb.Limits:
         max_objects=config.max_objects,
         max_message_bytes=config.max_message_bytes,
         max_picture_pixels=config.max_picture_pixels,
+        max_objects_total=config.max_objects_total,
+        max_prompts_per_s=config.max_prompts_per_s,
+        max_idle_s=config.max_idle_s,
     )
 
 
@@ -256,6 +265,11 @@ def write_warning(
     """Write something that did not end the stream."""
     warning = pb.StreamWarning(reason=reason, message=message, lost_frame_ids=lost_frame_ids)
     return pb.TrackResponse(stream_warning=warning)
+
+
+def name_warning(reason: pb.WarningReason.ValueType) -> str:
+    """Name of a warning's reason for programs, such as "frame_gap"."""
+    return pb.WarningReason.Name(reason).removeprefix("WARNING_REASON_").lower()
 
 
 def write_keyframe_request(frame_id: int) -> pb.TrackResponse:

@@ -7,7 +7,7 @@ from trocar.errors import MaskDataError
 from trocar.masklet_codec import EncodedMask, MaskEncoding, decode_mask
 from trocar.v1 import tracking_pb2 as pb
 from trocar_engines.errors import InvalidPromptError
-from trocar_engines.masklets import BoolArray, Prompt, PromptMode
+from trocar_engines.masklets import MOST_POINTS, BoolArray, Prompt, PromptMode
 
 LABELS = {pb.POINT_LABEL_ON_OBJECT: 1, pb.POINT_LABEL_OFF_OBJECT: 0}
 MODES = {
@@ -19,8 +19,6 @@ ENCODINGS = {
     pb.MASK_ENCODING_RLE: MaskEncoding.RLE,
     pb.MASK_ENCODING_PACKED_BITS: MaskEncoding.PACKED_BITS,
 }
-MOST_POINTS = 256
-"""The decoder attends to every point: far more than anyone taps, far less than an attack."""
 
 
 def read_prompt(message: pb.Prompt, width_px: int, height_px: int) -> Prompt:

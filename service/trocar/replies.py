@@ -20,6 +20,7 @@ class PendingFrame:
     height_px: int
     clock: StageClock
     masklets: Future[FrameMasklets]
+    offered_ns: int
 
     @property
     def frame_id(self) -> int:
@@ -45,6 +46,13 @@ class PendingPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PendingPin:
+    """A pin on its way through the tracker."""
+
+    done: Future[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PendingRemoval:
     """A removal on its way through the tracker."""
 
@@ -59,7 +67,7 @@ class PendingReset:
     done: Future[None]
 
 
-Reply = PendingFrame | PendingPrompt | PendingRemoval | PendingReset | pb.TrackResponse
+Reply = PendingFrame | PendingPrompt | PendingPin | PendingRemoval | PendingReset | pb.TrackResponse
 
 
 class Replies:

@@ -1,35 +1,56 @@
-"""The gRPC server: calls to sessions, errors to status codes, health, reflection, shutdown."""
+"""The gRPC server: calls to sessions, errors to status codes, admission, health, reflection, shutdown."""
 
 import asyncio
 import itertools
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trocar import messages
 from trocar.config import ServerConfig, split_address
-from trocar.errors import ConfigError, ContractError, ServerNotReadyError
+from trocar.errors import (
+    ConfigError,
+    ContractError,
+    DecoderHungError,
+    ForbiddenError,
+    LimitError,
+    NotAdmittedError,
+    ServerNotReadyError,
+    UnreadError,
+)
+from trocar.journal import FIELDS, AuditLog
 from trocar.messages import StreamSettings
-from trocar.session import Session
+from trocar.monitor import Monitor
+from trocar.record import StreamRecord
+from trocar.security import Certificates, ClientRights, Gate
+from trocar.session import Session, next_request
+from trocar.telemetry import Metrics, TraceFrame, open_tracer
 from trocar.tracking import Resize, Scheduler, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
 from trocar_engines.errors import (
     CapacityError,
     CheckpointError,
+    DeviceFaultError,
     EngineMismatchError,
     InvalidPromptError,
+    RuntimeUnavailableError,
     StreamLimitError,
     TrocarError,
     UnknownModelError,
     UnknownObjectError,
 )
+from trocar_engines.gpu_meter import GpuMeter
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +59,35 @@ STATUS_CODES: dict[type[TrocarError], grpc.StatusCode] = {
     InvalidPromptError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownObjectError: grpc.StatusCode.NOT_FOUND,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     StreamLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownModelError: grpc.StatusCode.FAILED_PRECONDITION,
     CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
     EngineMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    RuntimeUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
+    DeviceFaultError: grpc.StatusCode.UNAVAILABLE,
     ServerNotReadyError: grpc.StatusCode.UNAVAILABLE,
+    DecoderHungError: grpc.StatusCode.INTERNAL,
 }
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TrackingService"].full_name
 HEALTH_CHECK_INTERVAL_S = 1.0
 OPEN_TIMEOUT_S = 10.0
-"""A call that says nothing for so long holds a stream that somebody else could use."""
+"""For the first message of a call."""
+MOST_HUNG_DECODERS = 4
+"""Each keeps a thread and its memory; a server with more of them is better started anew."""
+CUT_OFF_S = 5.0
+"""Time to answer what was received when the grace is over; then calls are ended by force."""
+CALLS_PER_CONNECTION = 64
+"""HTTP/2 streams of one connection; calls beyond wait at the client."""
+HANDSHAKE_TIMEOUT_S = 10
+MOST_STATUS_BYTES = 2_000
+"""A status travels in headers, 8 KiB at most, and a byte that is not ASCII as three."""
+Handler = Any
+"""grpc.RpcMethodHandler, whose attributes no stub knows; None for an unknown method."""
+NO_MESSAGE = "bytes that are no message of this method: see trocar.v1"
+NOT_ADMITTED = "not admitted"
+"""All that a peer learns; the reason is in the log."""
 
 
 class TrackingServicer(pb_grpc.TrackingServiceServicer):
@@ -57,15 +97,40 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         config: what the server admits.
         scheduler: the tracker.
         resize: from source pixels to the tracker's input.
+        audit: takes a line for each stream and prompt.
+        trace_frame: takes one frame in `config.trace_every`.
+        gpu: that the tracker runs on, for the metrics.
+
+    Raises:
+        ConfigError: the clients file cannot be read.
     """
 
-    def __init__(self, config: ServerConfig, scheduler: Scheduler, resize: Resize) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        scheduler: Scheduler,
+        resize: Resize,
+        audit: AuditLog,
+        trace_frame: TraceFrame | None = None,
+        gpu: GpuMeter | None = None,
+    ) -> None:
         self._config = config
         self._scheduler = scheduler
         self._resize = resize
+        self._audit = audit
+        self._trace_frame = trace_frame
+        self._gate = Gate(config)
         self._stream_ids = itertools.count(1)
-        self._open_streams = 0
+        self._streams_of: Counter[str] = Counter()
+        self._sessions: set[Session] = set()
+        self.hung_decoders = 0
         self.is_serving = False
+        self.metrics = Metrics(
+            scheduler,
+            count_streams=self._streams_of.total,
+            is_serving=lambda: self.is_serving,
+            gpu=gpu,
+        )
 
     async def Track(  # type: ignore[override]  # noqa: N802
         self,
@@ -75,22 +140,54 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         """Serve one video stream."""
         stream_id = next(self._stream_ids)
         try:
-            await self._track(stream_id, request_iterator, context)
+            rights = self._admit(context)
+            await self._track(stream_id, rights, request_iterator, context)
+        except NotAdmittedError as error:
+            await self._refuse(error, context)
         except TrocarError as error:
-            log.info("stream %d ended: %s", stream_id, error)
-            await context.abort(_find_status(error), str(error))
+            log.info("stream %d ended: %s", stream_id, error, extra={FIELDS: {"stream_id": stream_id}})
+            self.metrics.refusals.labels(_name_refusal(error)).inc()
+            if isinstance(error, UnreadError):
+                # A write is stuck, and a status would wait behind it for ever; gRPC cannot reset a call
+                # from here. Its place, its rows and its threads are free, its buffers go with the connection.
+                raise asyncio.CancelledError from error
+            await context.abort(_find_status(error), _fit_status(error))
         except Exception:
-            log.exception("stream %d failed", stream_id)
+            log.exception("stream %d failed", stream_id, extra={FIELDS: {"stream_id": stream_id}})
             await context.abort(
                 grpc.StatusCode.INTERNAL, "internal error; the server's log has the traceback"
             )
 
+    async def warn_of_shutdown(self) -> None:
+        """Tell the clients of all streams that the server goes."""
+        grace_s = self._config.shutdown_grace_s
+        await asyncio.gather(*(session.warn_of_shutdown(grace_s) for session in self._sessions))
+
+    async def finish(self) -> None:
+        """Give open streams their grace, then answer what was received and end them."""
+        await self._wait_until_empty(self._config.shutdown_grace_s)
+        for session in self._sessions:
+            session.cut_off()
+        await self._wait_until_empty(CUT_OFF_S)
+
+    async def _wait_until_empty(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._streams_of.total():  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            return
+
     async def GetServerInfo(  # noqa: N802
         self,
         request: pb.GetServerInfoRequest,  # noqa: ARG002
-        context: aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],  # noqa: ARG002
+        context: aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
     ) -> pb.GetServerInfoResponse:
         """Tell models, limits and load."""
+        try:
+            self._admit(context)
+        except NotAdmittedError as error:
+            await self._refuse(error, context)
         scheduler = self._scheduler
         # In a thread: the card of a model that nobody has used yet may have to be read from its weights.
         cards = await asyncio.to_thread(
@@ -104,33 +201,96 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
                 scheduler.default_memory, pb.MEMORY_POLICY_UNSPECIFIED
             ),
             limits=messages.write_limits(self._config),
-            open_streams=self._open_streams,
+            open_streams=self._streams_of.total(),
             is_serving=self.is_serving and scheduler.is_healthy,
         )
+
+    def _admit(
+        self,
+        context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse]
+        | aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
+    ) -> ClientRights:
+        names = [name.decode(errors="replace") for name in context.peer_identities() or ()]
+        return self._gate.admit(names, context.invocation_metadata() or (), context.peer())
+
+    async def _refuse(
+        self,
+        error: NotAdmittedError,
+        context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse]
+        | aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
+    ) -> None:
+        log.warning("not admitted: %s", error)
+        self.metrics.refusals.labels("not_admitted").inc()
+        code = grpc.StatusCode.PERMISSION_DENIED if error.is_known else grpc.StatusCode.UNAUTHENTICATED
+        await context.abort(code, NOT_ADMITTED)
 
     async def _track(
         self,
         stream_id: int,
+        rights: ClientRights,
         requests: AsyncIterator[pb.TrackRequest],
         context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse],
     ) -> None:
+        # Looked at twice: a call for which there is no place learns that at once, and one that says nothing
+        # holds no place that somebody else could use.
+        self._check_place(rights)
+        asked = await _read_open_stream(requests)
+        with self._take_place(rights):
+            record = StreamRecord(
+                stream_id=stream_id,
+                client=rights.name,
+                peer=context.peer(),
+                metrics=self.metrics,
+                audit=self._audit,
+                trace_frame=self._trace_frame,
+                trace_every=max(self._config.trace_every, 1),
+            )
+            outcome = "cancelled"
+            try:
+                await self._serve(record, rights, asked, requests, context)
+                outcome = "ok"
+            except DecoderHungError:
+                self.hung_decoders += 1
+                outcome = "decoder_hung"
+                raise
+            except Exception as error:
+                outcome = _find_status(error).name.lower()
+                raise
+            finally:
+                record.close(outcome)
+
+    def _check_place(self, rights: ClientRights) -> None:
         if not self.is_serving:
             raise ServerNotReadyError("the server is warming up or shutting down: try again in some seconds")
-        if self._open_streams >= self._config.max_streams:
-            raise StreamLimitError(
-                f"{self._open_streams} streams are open, as many as this server admits: close one, or start "
-                "the server with a higher --max-streams"
+        open_streams = self._streams_of.total()
+        if open_streams >= self._config.max_streams:
+            raise LimitError(
+                "max_streams",
+                f"{open_streams} streams are open, as many as this server admits: close one, or start the "
+                "server with a higher --max-streams",
             )
-        self._open_streams += 1
+        own = self._streams_of[rights.name]
+        if rights.max_streams is not None and own >= rights.max_streams:
+            raise LimitError(
+                "max_streams",
+                f"client {rights.name} has {own} streams open, as many as the clients file allows: close one",
+            )
+
+    @contextmanager
+    def _take_place(self, rights: ClientRights) -> Iterator[None]:
+        self._check_place(rights)
+        self._streams_of[rights.name] += 1
         try:
-            asked = await _read_open_stream(requests)
-            await self._serve(stream_id, asked, requests, context)
+            yield
         finally:
-            self._open_streams -= 1
+            self._streams_of[rights.name] -= 1
+            # Names come from certificates: without this a long life would gather them.
+            self._streams_of += Counter()
 
     async def _serve(
         self,
-        stream_id: int,
+        record: StreamRecord,
+        rights: ClientRights,
         asked: pb.OpenStream,
         requests: AsyncIterator[pb.TrackRequest],
         context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse],
@@ -141,22 +301,22 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             default_model=self._scheduler.default_model,
             default_memory=self._scheduler.default_memory,
         )
+        rights.check_model(settings.model)
         stream = await self._open_stream(settings)
+        session: Session | None = None
         try:
             card = self._scheduler.model_card(settings.model)
-            await context.write(messages.write_opened(stream_id, asked, settings, self._config, card))
-            log.info("stream %d opened by %s: %s", stream_id, context.peer(), settings)
+            record.open(settings)
+            await context.write(messages.write_opened(record.stream_id, asked, settings, self._config, card))
             session = Session(
-                settings=settings,
-                config=self._config,
-                stream=stream,
-                resize=self._resize,
-                stream_id=stream_id,
+                settings=settings, config=self._config, stream=stream, resize=self._resize, record=record
             )
+            self._sessions.add(session)
             await session.run(requests, context.write)
         finally:
             stream.close()
-            log.info("stream %d closed", stream_id)
+            if session is not None:
+                self._sessions.discard(session)
 
     async def _open_stream(self, settings: StreamSettings) -> TrackedStream:
         """Open the tracker's end in a thread: a model that nobody has used yet takes seconds to load."""
@@ -177,6 +337,32 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             raise
 
 
+class MessageGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses bytes that are no message as the client's fault; gRPC itself says UNKNOWN and logs a traceback.
+
+    For methods that take one message; `next_request` does it for Track.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Read the message inside the call, where a fault can be answered."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
+            return handler
+
+        async def answer(data: bytes, context: aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                request = handler.request_deserializer(data)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+
 class TrackingServer:
     """A listening server.
 
@@ -184,16 +370,46 @@ class TrackingServer:
         config: how it listens and what it admits.
         scheduler: the tracker; the caller closes it.
         resize: from source pixels to the tracker's input.
+        gpu: that the tracker runs on, for the metrics.
+
+    Raises:
+        ConfigError: TLS files, clients file or audit log cannot be used.
     """
 
-    def __init__(self, config: ServerConfig, scheduler: Scheduler, resize: Resize) -> None:
+    def __init__(
+        self, config: ServerConfig, scheduler: Scheduler, resize: Resize, gpu: GpuMeter | None = None
+    ) -> None:
         self._config = config
         self._scheduler = scheduler
-        self._servicer = TrackingServicer(config, scheduler, resize)
+        self._audit = AuditLog(config.audit_log)
+        trace_frame = open_tracer() if config.trace_every else None
+        self._servicer = TrackingServicer(config, scheduler, resize, self._audit, trace_frame, gpu)
+        self._certificates = None if config.tls is None else Certificates(config.tls)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: aio.Server | None = None
+        self._monitor: Monitor | None = None
+        self._model_health: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self.address = ""
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of metrics and probes; empty when there are none."""
+        return "" if self._monitor is None else self._monitor.address
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether device and decoders answer."""
+        return (
+            self._scheduler.is_healthy
+            and self._scheduler.busy_s < self._config.max_device_s
+            and self._servicer.hung_decoders < MOST_HUNG_DECODERS
+        )
+
+    @property
+    def has_hung_threads(self) -> bool:
+        """Whether a thread works that will not end: the process has to be ended without waiting for it."""
+        return self._servicer.hung_decoders > 0 or self._scheduler.busy_s >= self._config.max_device_s
 
     async def start(self) -> None:
         """Listen on `address`, without serving streams yet.
@@ -201,7 +417,7 @@ class TrackingServer:
         Raises:
             ConfigError: the address is taken or not ours.
         """
-        server = aio.server(options=_list_options(self._config))
+        server = aio.server(options=_list_options(self._config), interceptors=[MessageGuard()])
         pb_grpc.add_TrackingServiceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -210,10 +426,20 @@ class TrackingServer:
         await self._report_health(is_serving=False)
         host, _ = split_address(self._config.address)
         try:
-            port = server.add_insecure_port(self._config.address)
+            if self._certificates is None:
+                port = server.add_insecure_port(self._config.address)
+            else:
+                port = server.add_secure_port(self._config.address, self._certificates.server_credentials())
         except RuntimeError as error:
             message = f"cannot listen on {self._config.address}: taken, or not an address of this machine"
             raise ConfigError(message) from error
+        if self._config.metrics_address:
+            self._monitor = Monitor(
+                self._config.metrics_address,
+                self._servicer.metrics.registry,
+                is_live=lambda: self.is_healthy,
+                is_ready=lambda: self._servicer.is_serving and self.is_healthy,
+            )
         await server.start()
         self._server = server
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -223,14 +449,24 @@ class TrackingServer:
         await asyncio.to_thread(self._scheduler.warm_up)
         self._servicer.is_serving = True
         await self._report_health(is_serving=True)
+        self._model_health = asyncio.create_task(self._watch_models())
 
     async def stop(self) -> None:
-        """Take no more streams, give the open ones their time, then end them."""
+        """Take no more streams, tell the open ones, give them their time, answer what they sent, end them."""
         self._stopping.set()
         self._servicer.is_serving = False
+        if self._model_health is not None:
+            self._model_health.cancel()
         await self._report_health(is_serving=False)
         if self._server is not None:
-            await self._server.stop(self._config.shutdown_grace_s)
+            telling = asyncio.create_task(self._servicer.warn_of_shutdown())
+            if self.is_healthy:
+                await self._servicer.finish()
+            telling.cancel()
+            await self._server.stop(0)
+        if self._monitor is not None:
+            self._monitor.close()
+        self._audit.close()
 
     def stop_on_signals(self) -> None:
         """Let SIGTERM and SIGINT end `run_until_stopped`; call it before telling anyone of the server."""
@@ -242,14 +478,21 @@ class TrackingServer:
         """Serve until a signal comes or the device fails.
 
         Returns:
-            False when the device failed.
+            False when the device or the decoders failed.
         """
-        while not self._stopping.is_set() and self._scheduler.is_healthy:
+        while not self._stopping.is_set() and self.is_healthy:
             try:
                 await asyncio.wait_for(self._stopping.wait(), HEALTH_CHECK_INTERVAL_S)
             except TimeoutError:
                 continue
-        is_healthy = self._scheduler.is_healthy
+        is_healthy = self.is_healthy
+        if not is_healthy:
+            log.critical(
+                "unhealthy: device %s, at its step for %.1f s, %d hung decoders",
+                "answers" if self._scheduler.is_healthy else "failed",
+                self._scheduler.busy_s,
+                self._servicer.hung_decoders,
+            )
         await self.stop()
         return is_healthy
 
@@ -259,13 +502,34 @@ class TrackingServer:
             if is_serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for service in ("", SERVICE_NAME):
+        for service in ("", SERVICE_NAME, *map(name_model_health, self._scheduler.memory_rows())):
             await self._health.set(service, status)
+
+    async def _watch_models(self) -> None:
+        """Look at each loaded model from time to time: a picture goes through it on the device."""
+        while True:
+            await asyncio.sleep(self._config.health_interval_s)
+            for model in self._scheduler.memory_rows():
+                status = health_pb2.HealthCheckResponse.SERVING
+                try:
+                    await asyncio.to_thread(self._scheduler.probe, model, self._config.max_device_s)
+                except StreamLimitError:
+                    # All places are taken: the streams touch the device often enough.
+                    continue
+                except Exception as error:
+                    log.error("model %s does not answer: %s: %s", model, type(error).__name__, error)
+                    status = health_pb2.HealthCheckResponse.NOT_SERVING
+                await self._health.set(name_model_health(model), status)
+
+
+def name_model_health(model: str) -> str:
+    """Name under which grpc.health.v1 tells whether a model answers on the device."""
+    return f"{SERVICE_NAME}/{model}"
 
 
 async def _read_open_stream(requests: AsyncIterator[pb.TrackRequest]) -> pb.OpenStream:
     try:
-        first = await asyncio.wait_for(anext(requests, None), OPEN_TIMEOUT_S)
+        first = await asyncio.wait_for(next_request(requests), OPEN_TIMEOUT_S)
     except TimeoutError:
         raise ContractError(f"no message in {OPEN_TIMEOUT_S:g} s: expected open_stream") from None
     kind = "the end of the call" if first is None else first.WhichOneof("request") or "an empty request"
@@ -279,7 +543,16 @@ def _close_opened(opening: "asyncio.Future[TrackedStream]") -> None:
         opening.result().close()
 
 
-def _find_status(error: TrocarError) -> grpc.StatusCode:
+def _name_refusal(error: TrocarError) -> str:
+    return error.limit if isinstance(error, LimitError) else _find_status(error).name.lower()
+
+
+def _fit_status(error: TrocarError) -> str:
+    """The error's text as far as a status can carry it: a client's own words come back in some."""
+    return str(error).encode()[:MOST_STATUS_BYTES].decode(errors="ignore")
+
+
+def _find_status(error: Exception) -> grpc.StatusCode:
     for kind in type(error).__mro__:
         if kind in STATUS_CODES:
             return STATUS_CODES[kind]
@@ -300,4 +573,8 @@ def _list_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         # Otherwise a second server on the same port would silently take half of the calls.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", max(config.max_streams, CALLS_PER_CONNECTION)),
+        # 2 minutes otherwise: time enough to hold thousands of sockets that say nothing.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_S * 1_000),
+        ("grpc.max_connection_idle_ms", int(config.max_idle_s * 1_000)),
     ]

@@ -12,12 +12,14 @@ import numpy as np
 from trocar.client import Client
 from trocar.client_core import (
     Event,
+    KeyframeWanted,
     Notice,
     Opened,
     PromptAccepted,
     PromptRejected,
     Request,
     Result,
+    Resumed,
     StreamOptions,
 )
 from trocar.errors import ResultError, SourceError
@@ -38,6 +40,7 @@ class TrackSummary:
         frames: written.
         dropped: for newer ones, by a live stream.
         lost: without a picture.
+        untrusted: tracked, after damage or a gap and before the input's next keyframe.
         fps: frames written per second of the whole run.
         latency_p50_ms: service latency, median.
         latency_p99_ms: service latency, 99th percentile.
@@ -47,6 +50,7 @@ class TrackSummary:
     frames: int
     dropped: int
     lost: int
+    untrusted: int
     fps: float
     latency_p50_ms: float
     latency_p99_ms: float
@@ -83,7 +87,7 @@ class TrackRun:
         self._results: dict[int, Result | None] = {}
         self._open_prompts = list(prompts)
         self._latencies_ns = array("Q")
-        self._frames = self._dropped = self._lost = 0
+        self._frames = self._dropped = self._lost = self._untrusted = 0
         self._is_stopped = False
         self._notify: ReportNotice = lambda _: None
 
@@ -154,6 +158,7 @@ class TrackRun:
         match event:
             case Result():
                 self._latencies_ns.append(event.service_latency_ns)
+                self._untrusted += not event.is_trusted
                 self._results[event.frame_id] = event
                 self._results |= dict.fromkeys(event.dropped_frame_ids)
                 self._dropped += len(event.dropped_frame_ids)
@@ -161,6 +166,8 @@ class TrackRun:
                 self._results |= dict.fromkeys(event.lost_frame_ids)
                 self._lost += len(event.lost_frame_ids)
                 self._notify(event.message)
+            case Resumed():
+                self._take_resumption(event)
             case PromptAccepted():
                 self._open_prompts.remove(event.prompt)
                 self._add_prompted(event)
@@ -169,8 +176,21 @@ class TrackRun:
                 raise ResultError(
                     f"object {prompt.object_id}: prompt on frame {prompt.frame_id} refused: {event.message}"
                 )
-            case _:
+            case KeyframeWanted() | Opened():
+                # Neither a recording nor a camera behind a URL makes a keyframe on demand: the next one that
+                # it holds ends the distrust, and the notice before this request has told of it.
                 pass
+
+    def _take_resumption(self, resumed: Resumed) -> None:
+        self._results |= dict.fromkeys(resumed.lost_frame_ids)
+        self._lost += len(resumed.lost_frame_ids)
+        self._notify(
+            f"{resumed.address} took the stream up after {resumed.outage_s:.2f} s: "
+            f"{len(resumed.lost_frame_ids)} frames lost, {resumed.unsent_frames} not sent"
+        )
+        if resumed.lost_object_ids:
+            lost = ", ".join(map(str, resumed.lost_object_ids))
+            self._notify(f"not seen recently enough to be taken up again: object {lost}")
 
     def _add_prompted(self, accepted: PromptAccepted) -> None:
         """Put a prompted object into its frame's result, which was sent before the prompt took effect."""
@@ -211,6 +231,7 @@ class TrackRun:
             frames=self._frames,
             dropped=self._dropped,
             lost=self._lost,
+            untrusted=self._untrusted,
             fps=round(self._frames / seconds, 2),
             latency_p50_ms=round(float(p50), 3),
             latency_p99_ms=round(float(p99), 3),

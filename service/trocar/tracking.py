@@ -1,6 +1,6 @@
 """What the network side asks of the model side; `trocar_engines.scheduler` provides it, tests a fake."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -38,6 +38,18 @@ class ModelCard(Protocol):
         """Memory policies that it supports."""
 
 
+class MemoryRows(Protocol):
+    """Rows of one model's memory; an object owns one."""
+
+    @property
+    def in_use(self) -> int:
+        """Rows owned by objects."""
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+
+
 class TrackedStream(Protocol):
     """One video's objects; what is called first takes effect first."""
 
@@ -50,6 +62,9 @@ class TrackedStream(Protocol):
 
     def prompt(self, prompt: Prompt) -> Future[PromptOutcome]:
         """Apply a prompt; fails with InvalidPromptError, CapacityError or UnknownObjectError."""
+
+    def pin(self, frame_id: int) -> Future[int]:
+        """Keep a frame for prompts until another is pinned; fails with FrameNotKeptError."""
 
     def remove_object(self, object_id: int) -> Future[None]:
         """Forget an object; fails with UnknownObjectError."""
@@ -79,6 +94,16 @@ class Scheduler(Protocol):
     @property
     def is_healthy(self) -> bool:
         """Whether the device answers."""
+
+    @property
+    def busy_s(self) -> float:
+        """How long the device has been at the step that it is at; 0 when it is at none."""
+
+    def memory_rows(self) -> Mapping[str, MemoryRows]:
+        """Rows in use, for each loaded model."""
+
+    def probe(self, model: str, timeout_s: float) -> None:
+        """Run a blank picture through a loaded model; fails with TimeoutError or StreamLimitError."""
 
     def open_stream(
         self, *, model: str, memory: str | None, is_live: bool, max_objects: int

@@ -1,9 +1,9 @@
-"""Results to files: DAVIS masks, an overlay video and JSON. Complete, or not there at all."""
+"""Results to files: DAVIS masks, an overlay video, JSON, and COCO JSON on request. Complete, or not there."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,12 +21,13 @@ from PIL import Image
 from trocar.client_core import Result, TrackedObject
 from trocar.errors import ResultError
 from trocar.overlay import draw_overlay
-from trocar_engines.masklets import UInt8Array
+from trocar_engines.masklets import BoolArray, UInt8Array
 
 MASKS_FOLDER = "masks"
 OVERLAY_FILE = "overlay.mp4"
 JSON_FILE = "result.json"
-OWN_NAMES = frozenset({MASKS_FOLDER, OVERLAY_FILE, JSON_FILE})
+COCO_FILE = "coco.json"
+OWN_NAMES = frozenset({MASKS_FOLDER, OVERLAY_FILE, JSON_FILE, COCO_FILE})
 LARGEST_PNG_ID = 255
 PALETTE_COLORS = 256
 
@@ -61,12 +62,14 @@ class ResultWriter:
     Args:
         folder: DIR.
         header: for the JSON.
+        coco_names: adds DIR/coco.json; what people call each object, by object_id, as far as they do. None
+            adds nothing.
 
     Raises:
         ResultError: DIR cannot be written, or holds something that is not ours.
     """
 
-    def __init__(self, folder: Path, header: Header) -> None:
+    def __init__(self, folder: Path, header: Header, *, coco_names: Mapping[int, str] | None = None) -> None:
         folder = folder.resolve()
         self._folder = folder
         self._frames = 0
@@ -81,6 +84,9 @@ class ResultWriter:
             self._partial.chmod(0o755)
             (self._partial / MASKS_FOLDER).mkdir()
             self._json = _JsonFrames((self._partial / JSON_FILE).open("w", encoding="utf-8"), header)
+            self._coco: _CocoFrames | None = None
+            if coco_names is not None:
+                self._coco = _CocoFrames((self._partial / COCO_FILE).open("w", encoding="utf-8"), coco_names)
 
     def add(self, result: Result | None, *, frame_id: int, pts: int | None, rgb: UInt8Array | None) -> None:
         """Write one input frame.
@@ -97,6 +103,9 @@ class ResultWriter:
             self._write_mask(result)
             self._write_overlay(result, pts)
             self._json.add(result, frame_id=frame_id, pts=pts)
+            if self._coco is not None:
+                height_px, width_px = self._last_rgb.shape[:2]
+                self._coco.add(result, self._frames, width_px, height_px)
         self._frames += 1
 
     def commit(self, summary: dict[str, Any]) -> None:
@@ -155,6 +164,8 @@ class ResultWriter:
         if self._overlay is not None:
             self._overlay.close()
         self._json.close(summary)
+        if self._coco is not None:
+            self._coco.close()
 
 
 def check_result_folder(folder: Path) -> None:
@@ -285,6 +296,65 @@ class _JsonFrames:
             return
         self._file.write(f'\n], "summary": {json.dumps(summary)}}}\n')
         self._file.close()
+
+
+class _CocoFrames:
+    """COCO's object detection format, annotations written piece by piece; `track_id` is the object_id."""
+
+    def __init__(self, file: TextIO, names: Mapping[int, str]) -> None:
+        self._file = file
+        self._names = names
+        self._images: list[dict[str, Any]] = []
+        self._categories: dict[str, int] = {}
+        self._annotations = 0
+        file.write('{"annotations": [')
+
+    def add(self, result: Result | None, index: int, width_px: int, height_px: int) -> None:
+        image_id = index + 1
+        name = f"{MASKS_FOLDER}/{index:05d}.png"
+        self._images.append({"id": image_id, "width": width_px, "height": height_px, "file_name": name})
+        for tracked in result.objects if result is not None else ():
+            if tracked.box is not None:
+                self._add_object(tracked, image_id)
+
+    def _add_object(self, tracked: TrackedObject, image_id: int) -> None:
+        known_class = tracked.class_name if tracked.class_name != "unknown" else ""
+        name = self._names.get(tracked.object_id) or known_class or "object"
+        assert tracked.box is not None, "only what is seen is annotated"
+        x_min, y_min, x_max, y_max = tracked.box
+        fields = {
+            "id": self._annotations + 1,
+            "image_id": image_id,
+            "category_id": self._categories.setdefault(name, len(self._categories) + 1),
+            "track_id": tracked.object_id,
+            "segmentation": {"size": list(tracked.mask.shape), "counts": count_column_runs(tracked.mask)},
+            "area": int(tracked.mask.sum()),
+            "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
+            "iscrowd": 0,
+            "score": round(tracked.predicted_iou, 4),
+        }
+        self._file.write((",\n" if self._annotations else "\n") + json.dumps(fields))
+        self._annotations += 1
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
+        self._file.write(f'\n], "images": {json.dumps(self._images)}, ')
+        self._file.write(f'"categories": {json.dumps(categories)}}}\n')
+        self._file.close()
+
+
+def count_column_runs(mask: BoolArray) -> list[int]:
+    """Count COCO's uncompressed run lengths: column by column, background first, which may be 0 long.
+
+    Args:
+        mask: bool [H, W], at least one pixel.
+    """
+    flat = np.ravel(mask, order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    ends = [0, *([0] if flat[0] else []), *changes.tolist(), flat.size]
+    return np.diff(ends).tolist()
 
 
 def _describe_object(tracked: TrackedObject) -> dict[str, Any]:

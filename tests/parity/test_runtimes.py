@@ -56,11 +56,11 @@ def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator
         pointer_age=torch.tensor([[1.0, 15.0]]).expand(rows, -1),
         pointer_bias=torch.zeros(rows, 2),
     )
-    yield from zip(("conditioned", "classes"), runtime.attend_memory(features.embedding, view), strict=True)
-    conditioned, _ = eager.attend_memory(features.embedding, view)
-    remembered = torch.stack([prototypes, prototypes.flip(-1)], dim=1)
-    bias = torch.tensor([[HIDDEN_BIAS if rows > 1 else 0.0, 0.0]]).expand(rows, -1)
-    tracked = runtime.track_masks(conditioned, features, remembered, bias)
+    attended = runtime.attend_memory(features.embedding, view)
+    yield from zip(("conditioned", "class_token"), attended, strict=True)
+    conditioned, class_token = eager.attend_memory(features.embedding, view)
+    remembered = torch.stack([prototypes, prototypes.roll(1, -1), prototypes.flip(-1)], dim=1)
+    tracked = runtime.track_masks(conditioned, features, remembered, class_token)
     yield from ((f"tracked {name}", value) for name, value in tracked._asdict().items())
     prompted_masks = runtime.decode_prompt(
         eager.without_memory(features.embedding),

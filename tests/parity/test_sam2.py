@@ -14,12 +14,6 @@ from trocar_engines.network.sam2s import HIDDEN_BIAS, SAM2S, MemoryView, PromptT
 SIZE_PX = 512
 # float32 sums in another order: 24 layers of attention and convolution leave a few 1e-5.
 TOLERANCE = 1e-4
-OFFICIAL = {
-    "sam2.1-hiera-tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
-    "sam2.1-hiera-small": "configs/sam2.1/sam2.1_hiera_s.yaml",
-    "sam2.1-hiera-base-plus": "configs/sam2.1/sam2.1_hiera_b+.yaml",
-    "sam2.1-hiera-large": "configs/sam2.1/sam2.1_hiera_l.yaml",
-}
 
 
 def build_reference(config: str, size_px: int) -> Any:
@@ -31,7 +25,7 @@ def build_reference(config: str, size_px: int) -> Any:
 def pair() -> tuple[Any, SAM2S]:
     """The reference and our network with the same lively weights."""
     torch.manual_seed(0)
-    reference = build_reference(OFFICIAL["sam2.1-hiera-tiny"], SIZE_PX)
+    reference = build_reference("configs/sam2.1/sam2.1_hiera_t.yaml", SIZE_PX)
     with torch.no_grad():
         reference.maskmem_tpos_enc.normal_()
         reference.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(5.0)
@@ -65,15 +59,6 @@ def normalised(pixels: Tensor) -> Tensor:
 def assert_close(ours: Tensor, reference: Tensor) -> None:
     assert reference.std() > 0, "a constant reference proves nothing"
     torch.testing.assert_close(ours, reference, atol=TOLERANCE, rtol=TOLERANCE)
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_official_layout_is_ours(name: str) -> None:
-    ours = SAM2S(network_config(name)).state_dict()
-    reference = build_reference(OFFICIAL[name], 1024).state_dict()
-    assert {key: value.shape for key, value in ours.items()} == {
-        key: value.shape for key, value in reference.items()
-    }
 
 
 def test_encode_image_agrees(pair: tuple[Any, SAM2S], maps: list[Tensor]) -> None:
@@ -179,6 +164,7 @@ def test_decode_masks_agrees(
         torch.zeros_like(maps[1][:, :1]),
         PromptTensors(coordinates, labels, mask, torch.tensor([has_mask])),
         torch.tensor([points == 1]),
+        network.without_class_memory(1),
     )
     assert_close(decoded.mask_logits, expected[3][:, 0])
     assert_close(decoded.pointer, expected[5])
@@ -205,7 +191,7 @@ def test_encode_memory_agrees(pair: tuple[Any, SAM2S], maps: list[Tensor], is_pr
         maps[2], maps[2][:, :0], logits[:, 0], presence[:, 0], torch.tensor([is_prompted])
     )
     assert_close(memory, expected)
-    assert prototypes.shape[1] == 0
+    assert prototypes.numel() == 0
 
 
 def test_network_of_the_other_resolution_takes_the_same_weights() -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from networks import TINY
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy
@@ -46,7 +47,7 @@ def track(bank: MemoryBank, frame: FrameFacts) -> int | None:
     slot = bank.choose_slot(frame)
     if slot is not None:
         bank.pool.spatial[bank.row, slot] = frame.time_s
-        bank.pointer_slot()
+        bank.pointer_slot(frame.time_s)
     bank.consider(frame, slot)
     return slot
 
@@ -58,7 +59,7 @@ def test_recent_slots_carry_sam2s_temporal_rows() -> None:
     assert slots == [1, 2, 3, 1]
     assert reads.slots[:4] == [0, 2, 3, 1]
     assert reads.times[:4] == [CONDITIONING, 2, 1, 0]
-    assert reads.prototypes[1] == 1
+    assert reads.prototypes[2] == 1
 
 
 def test_fifth_candidate_elects_the_least_similar_frame() -> None:
@@ -101,10 +102,12 @@ def test_candidates_are_taken_on_the_clock_at_high_frame_rates() -> None:
     bank = make_bank(candidate_interval_s=0.5)
     for frame in range(1, 121):
         track(bank, facts(frame / 60))
-    assert bank.long_term.written == 0
+    assert bank.long_term.filled() == []
+    assert bank.reads().prototypes[:2] == (0, 0), "the prompted frame stands in for a long-term memory"
     for frame in range(121, 181):
         track(bank, facts(frame / 60))
-    assert bank.long_term.written == 1
+    assert bank.long_term.filled() == [4]
+    assert bank.reads().prototypes[:2] == (0, 4)
 
 
 def test_six_absences_hold_one_slot() -> None:
@@ -112,7 +115,7 @@ def test_six_absences_hold_one_slot() -> None:
     track(bank, facts(1.0))
     slots = [track(bank, facts(float(t), present=False)) for t in range(2, 8)]
     assert slots == [2, None, None, None, None, None]
-    assert bank.reads().prototypes[1] == 1, "the latest picture that showed the object stays the readout's"
+    assert bank.reads().prototypes[2] == 1, "the latest picture that showed the object stays the readout's"
 
 
 def test_vanilla_writes_every_trusted_frame() -> None:
@@ -156,5 +159,75 @@ def test_conditioning_anew_forgets_everything() -> None:
 def test_corrections_have_their_own_slots() -> None:
     bank = make_bank()
     track(bank, facts(1.0))
-    assert [bank.correct(100) for _ in range(3)] == [6, 7, 6]
+    assert [bank.correct(100, time_s) for time_s in (2.0, 3.0, 4.0)] == [6, 7, 6]
     assert bank.reads().slots == [0, 1, 7, 6]
+
+
+def elect(bank: MemoryBank, start_s: float, angle: float, iou: float = 0.9) -> None:
+    """Five candidates in a row, all alike: the first is elected."""
+    for frame in range(5):
+        track(bank, facts(start_s + frame, angle=angle, iou=iou))
+
+
+def test_spread_keeps_what_is_unlike_the_rest_and_fifo_what_is_new() -> None:
+    kept = {}
+    for policy in (MemoryPolicy.FIFO, MemoryPolicy.SPREAD):
+        bank = make_bank(policy=policy)
+        for start, angle in ((1, 60), (6, 90), (11, 91), (16, 92)):
+            elect(bank, start, angle)
+        kept[policy] = [bank.pool.spatial[bank.row, slot].unique().item() for slot in bank.long_term.filled()]
+    assert kept[MemoryPolicy.FIFO] == [11.0, 16.0]
+    assert 1.0 in kept[MemoryPolicy.SPREAD], "the only memory of that view must not leave"
+
+
+def test_spread_drops_the_worse_of_a_similar_pair() -> None:
+    bank = make_bank(policy=MemoryPolicy.SPREAD)
+    elect(bank, 1, 45)
+    elect(bank, 6, 90, iou=0.95)
+    elect(bank, 11, 91, iou=0.85)
+    assert sorted(bank.long_term.times.values()) == [1.0, 6.0], "the newcomer is the worse one"
+    elect(bank, 16, 91, iou=0.99)
+    assert sorted(bank.long_term.times.values()) == [1.0, 16.0], "the newcomer is the better one"
+
+
+def test_the_conditioning_frame_is_a_neighbour_that_never_leaves() -> None:
+    bank = make_bank(policy=MemoryPolicy.SPREAD)
+    elect(bank, 1, 2, iou=0.99)
+    elect(bank, 6, 60)
+    elect(bank, 11, 90)
+    assert sorted(bank.long_term.times.values()) == [6.0, 11.0], "the one like the conditioning frame goes"
+
+
+def test_roll_back_forgets_the_wrong_frame_and_all_after_it() -> None:
+    bank = make_bank(recent_slots=6)
+    for t in range(1, 11):
+        track(bank, facts(float(t), angle=8.0 * t))
+    assert len(bank.long_term.filled()) == 2
+    bank.roll_back(6.0, frame=6)
+    assert bank.recent.filled() == [5], "of six recent frames only that of time 5 is older"
+    assert [bank.long_term.times[slot] for slot in bank.long_term.filled()] == [5.0]
+    ages = bank.reads().pointer_ages
+    assert ages == [6, 5, 4, 3, 2, 1], "conditioning frame, then frames 1 to 5 seen from frame 6"
+    slots = [track(bank, facts(float(t), angle=0)) for t in range(7, 13)]
+    assert None not in slots
+    assert len(set(bank.recent.filled())) == 6
+
+
+def test_vanilla_lets_the_age_of_the_conditioning_pointer_grow() -> None:
+    bank = make_bank(policy=MemoryPolicy.VANILLA)
+    for t in range(1, 41):
+        track(bank, facts(float(t)))
+    ages = dict(zip(bank.reads().pointers, bank.reads().pointer_ages, strict=True))
+    assert ages[0] == 40
+    assert sorted(ages.values()) == [*range(RECENT_POINTERS), 40]
+
+
+@pytest.mark.parametrize("policy", list(MemoryPolicy))
+def test_only_vanilla_rounds_spatial_memory_to_bfloat16(policy: MemoryPolicy) -> None:
+    bank = make_bank(policy=policy)
+    fine = 1.0 + 2.0**-12  # between two bfloat16 numbers
+    bank.write(
+        1, torch.full_like(bank.pool.spatial[0, 0], fine), torch.full_like(bank.pool.prototypes[0, 0], fine)
+    )
+    assert bank.pool.spatial[bank.row, 1].unique().item() == (1.0 if policy is MemoryPolicy.VANILLA else fine)
+    assert bank.pool.prototypes[bank.row, 1].unique().item() == fine

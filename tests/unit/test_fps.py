@@ -3,32 +3,58 @@
 import dataclasses
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
 from trocar.cli import EngineOptions, StartScheduler
 from trocar.decode import Codec, Packet, PacketDecoder, VideoFormat
 from trocar.local import LocalServer
+from trocar_bench.ceilings import Ceilings, StageCost
 from trocar_bench.footage import Footage, spread_clicks
-from trocar_bench.fps import main
-from trocar_bench.fps_report import RunReport, describe_run, find_remarks, find_slopes
-from trocar_bench.frame_log import Figures, FrameLog, percentiles, slope_per_object, sum_up
-from trocar_bench.pacing import NS_PER_S, BackPressure, OpenLoop
-from trocar_bench.process_meter import CpuReading, CpuUse, ProcessMeter, compare
-from trocar_bench.serve_process import RunningServer, ServerRequest, StartServer, write_arguments
-from trocar_bench.speed_run import RunPlan, Usage
-from trocar_engines.errors import TrocarError, UnknownModelError
-from trocar_engines.masklets import Picture, UInt8Array
-from wire.fakes import FakeScheduler, resize_linear
+from trocar_bench.fps import Parts, main
+from trocar_bench.fps_report import (
+    DROPS_TOLD,
+    RunReport,
+    describe_added,
+    describe_run,
+    find_remarks,
+    find_run_shares,
+    find_slopes,
+    find_stage_shares,
+)
+from trocar_bench.frame_log import (
+    Figures,
+    FrameLog,
+    NothingTrackedError,
+    percentiles,
+    slope_per_object,
+    sum_up,
+)
+from trocar_bench.pacing import NS_PER_S, BackPressure, OpenLoop, Pacing
+from trocar_bench.process_meter import CpuReading, CpuUse, ProcessMeter, add_up, compare
+from trocar_bench.reference_lane import BuildReference
+from trocar_bench.serve_process import RunningServer, ServerRequest, ServerStart, StartServer, write_arguments
+from trocar_bench.speed_run import AlternatingRun, RunPlan, SpeedRun, Usage, Watch
+from trocar_engines.errors import CheckpointError
+from trocar_engines.gpu_meter import GpuMeter
+from trocar_engines.masklets import FrameMasklets, Picture, UInt8Array
+from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
+from trocar_engines.network.weights import load_state
+from wire.fakes import COLOR_DISTANCE, INPUT_SIZE_PX, FakeScheduler, resize_linear
 
 NS_PER_MS = 1_000_000
+TINY = "sam2.1-hiera-tiny-512"
 SMALL = ("--resolution", "96x64", "--warmup", "3", "--frames", "30")
 
 
@@ -135,12 +161,96 @@ def test_cameras_are_out_of_step() -> None:
     assert [plan.find_offset_ns(stream) // NS_PER_MS for stream in range(4)] == [0, 10, 20, 30]
 
 
+class StallingLane:
+    """A stream whose sender is held up for a second at frame 10; all else is answered in 2 ms."""
+
+    def __init__(self, plan: RunPlan, clock: FakeClock) -> None:
+        self.log = plan.make_log()
+        self.pacing: Pacing = OpenLoop(plan.paced_fps, clock=clock, sleep=clock.sleep)
+        self._clock = clock
+
+    def begin(self) -> None:
+        note(self.log, 0, self._clock())
+
+    def send(self, frame_id: int) -> None:
+        self._clock.work(1_000 if frame_id == 10 else 2)
+        note(self.log, frame_id, self._clock())
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def watch_nothing() -> Watch:
+    return Watch(ProcessMeter(None), GpuMeter(load=no_nvml), lambda _: None)
+
+
+def no_nvml() -> Any:
+    raise ImportError
+
+
+def test_held_up_sender_owes_every_frame_of_the_stall_its_latency() -> None:
+    clock = FakeClock()
+    plan = RunPlan(mode="engine", objects=1, streams=1, paced_fps=50, frames=100, warmup=0)
+    run = SpeedRun(plan, lambda _: StallingLane(plan, clock), watch_nothing(), clock=clock)
+    figures, _ = run.run()
+    # Due every 20 ms and caught up at 2 ms each: the stall of 1 s is felt by 56 frames. A source that omits
+    # what it could not send in time would report one slow frame in a hundred, and a p95 of 2 ms.
+    late = figures.timeline.latency_ms > 3
+    assert np.count_nonzero(late) == 56
+    assert figures.latency_ms.p95 > 800
+    assert figures.dropped == 0
+    assert figures.timeline.at_s == pytest.approx(np.arange(100) / 50), "as scheduled, whatever came of it"
+
+
+class RecordingLane:
+    """A tracker of the alternating run; tells everybody what it does."""
+
+    def __init__(self, name: str, plan: RunPlan, told: list[str]) -> None:
+        self.log = plan.make_log()
+        self.pacing: Pacing = BackPressure(1)
+        self._name, self._told = name, told
+
+    def begin(self) -> None:
+        note(self.log, 0, time.perf_counter_ns())
+
+    def send(self, frame_id: int) -> None:
+        self._told.append(f"{self._name}{frame_id}")
+        note(self.log, frame_id, time.perf_counter_ns())
+        self.pacing.settle()
+
+    def drain(self) -> None:
+        self._told.append(f"{self._name}.")
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None:
+        self._told.append(f"{self._name}!")
+
+
+def test_trackers_take_turns_and_finish_before_the_next_one_begins() -> None:
+    told: list[str] = []
+    plan = RunPlan(mode="reference", objects=1, streams=1, paced_fps=0, frames=10, warmup=1)
+    lanes = [RecordingLane(name, plan, told) for name in "ab"]
+    results = AlternatingRun(plan, lanes, ProcessMeter(None), GpuMeter(load=no_nvml), lambda: None).run()
+    assert " ".join(told) == (
+        "a1 a. b1 b. a2 a3 a. b2 b3 b. a4 a5 a. b4 b5 b. a6 a7 a. b6 b7 b. a8 a9 a. b8 b9 b. "
+        "a10 a11 a. b10 b11 b. b! a!"
+    )
+    for figures, usage in results:
+        assert len(figures.window_fps) == 5
+        assert figures.timeline.latency_ms.size == 10, "without the warm-up"
+        assert usage.gpu is None
+
+
 # --- figures --------------------------------------------------------------------------------------------
 
 
 def test_percentiles_of_known_values() -> None:
-    latency = percentiles(np.arange(101, dtype=np.float64))
-    assert (latency.p50, latency.p95, latency.p99, latency.max) == (50, 95, 99, 100)
+    latency = percentiles(np.arange(1_001, dtype=np.float64))
+    assert (latency.p50, latency.p95, latency.p99, latency.p99_9, latency.max) == pytest.approx(
+        (500, 950, 990, 999, 1_000)
+    )
 
 
 def test_rate_is_frames_per_interval_and_leaves_out_the_warm_up() -> None:
@@ -168,7 +278,7 @@ def test_run_that_slows_down_is_flagged() -> None:
     assert figures.window_fps == pytest.approx([100, 100, 100, 100, 1_000 / 12])
     assert figures.fps_spread == pytest.approx(1 / 6)
     assert figures.is_unsteady
-    assert "unsteady" in find_remarks([report(figures)])[0]
+    assert "unsteady" in find_remarks([report(figures)], CEILINGS)[0]
 
 
 def test_run_too_short_for_windows_has_none() -> None:
@@ -184,35 +294,61 @@ def test_drops_are_counted_by_id_and_silent_ones_apart() -> None:
     log.note_dropped([2, 4])
     log.note_dropped([4, 5])
     figures = sum_up([log], 0)
-    assert figures.dropped == 3, "2 belongs to the warm-up"
+    assert figures.dropped_ids == ((4, 5, 7),), "2 belongs to the warm-up"
+    assert figures.dropped == 3
     assert figures.unreported == 1
     assert log.settled == 8
-    assert any("1 frames vanished" in remark for remark in find_remarks([report(figures)]))
+    remarks = find_remarks([report(figures)], CEILINGS)
+    assert any("1 frames vanished" in remark for remark in remarks)
+    assert any("dropped 4, 5, 7 (stream 0)" in remark for remark in remarks)
+
+
+def test_endless_drops_are_not_listed_without_end() -> None:
+    figures = sum_up([log_of([10, 20])], 0)
+    flooded = dataclasses.replace(figures, dropped_ids=(tuple(range(600)), tuple(range(600))))
+    run = describe_run(report(flooded), CEILINGS)
+    assert run["dropped"] == 1_200
+    told: Any = run["dropped_ids"]
+    assert [len(frame_ids) for frame_ids in told] == [600, DROPS_TOLD - 600]
 
 
 def test_run_without_a_result_is_refused() -> None:
     log = FrameLog(warmup=0, frames=2)
     log.note_dropped([1, 2])
-    with pytest.raises(TrocarError, match="no frame that counts was tracked"):
+    with pytest.raises(NothingTrackedError, match="no frame that counts was tracked"):
         sum_up([log], 0)
 
 
-def test_what_no_stage_accounts_for_is_told() -> None:
+def test_what_the_service_adds_is_told_frame_by_frame() -> None:
     log = FrameLog(warmup=0, frames=3)
-    stages = {"decode": 2 * NS_PER_MS, "queue": NS_PER_MS, "write_memory": 9 * NS_PER_MS}
-    for frame_id in (1, 2, 3):
-        note(log, frame_id, frame_id * NS_PER_MS, stage_ns=stages, service_ns=5 * NS_PER_MS)
+    stages = {"decode": 2, "preprocess": 1, "queue": 3, "encode_masklets": 1, "write_memory": 9}
+    for frame_id, slow in ((1, 0), (2, 5), (3, 0)):
+        log.note_sent(frame_id, frame_id * NS_PER_MS, frame_id * NS_PER_MS)
+        # A frame that waited for the device is not the service's fault; one that was held up between is.
+        stage_ns = {stage: ms * NS_PER_MS for stage, ms in stages.items()} | {
+            "readback": frame_id * NS_PER_MS
+        }
+        service_ns = (9 + frame_id + slow) * NS_PER_MS
+        received_ns = log.sent_ns[frame_id] + service_ns + NS_PER_MS
+        note(log, frame_id, received_ns, stage_ns=stage_ns, service_ns=service_ns)
     figures = sum_up([log], 0)
-    assert figures.between_ms == pytest.approx(2), "writing memory follows the reply"
     assert figures.service_latency_ms is not None
-    assert figures.service_latency_ms.max == 5
-    assert list(figures.stages_ms) == ["decode", "queue", "write_memory"]
+    assert figures.service_latency_ms.max == 16
+    assert figures.added_ms is not None
+    between, server, client = figures.added_ms.between, figures.added_ms.server, figures.added_ms.client
+    assert (between.p50, between.max) == (2, 7), "writing memory follows the reply"
+    assert (server.p50, server.max) == (4, 9), "with preprocess and encode_masklets"
+    assert (client.p50, client.max) == (5, 10)
+    assert set(figures.stages_ms) == {*stages, "readback"}
+    assert "server p50 4.0, p99 8.9 ms (target 3 at 60/s)" in describe_added(figures.added_ms)
+    told: Any = describe_run(report(figures), CEILINGS)["added_ms"]
+    assert told["client"]["max"] == 10
 
 
 def test_engine_has_no_service_latency() -> None:
     figures = sum_up([log_of([10, 20])], 0)
     assert figures.service_latency_ms is None
-    assert figures.between_ms is None
+    assert figures.added_ms is None
 
 
 def test_slope_is_the_cost_of_a_further_object() -> None:
@@ -232,19 +368,45 @@ def test_slopes_are_found_per_mode_and_number_of_streams() -> None:
 
 def test_runs_that_dropped_frames_have_no_slope() -> None:
     calm, crowded = (sum_up([log_of([10 * frame for frame in range(1, 9)])], 0) for _ in range(2))
-    reports = [report(calm), report(dataclasses.replace(crowded, dropped=1), objects=2)]
+    reports = [report(calm), report(dataclasses.replace(crowded, dropped_ids=((3,),)), objects=2)]
     assert find_slopes(reports) == []
+
+
+CEILINGS = Ceilings(device="cpu", threads=1, fp32_gflops=50, fp16_gflops=None, copy_gb_s=10)
 
 
 def report(figures: Figures, *, objects: int = 1, streams: int = 1) -> RunReport:
     plan = RunPlan(mode="service", objects=objects, streams=streams, paced_fps=0, frames=8, warmup=0)
     cpu = CpuUse(seconds=2, client_percent=10, server_percent=80, others_percent=3)
-    usage = Usage(cpu=cpu, rss_mb=500, rss_growth_mb=None)
-    return RunReport(plan=plan, model="nano", runtime="onnx", figures=figures, usage=usage)
+    usage = Usage(cpu=cpu, rss_mb=500, rss_growth_mb=None, gpu=None)
+    costs = {"encode_image": StageCost(gflop=0.02, mb=3), "attend_memory": StageCost(gflop=0.08, mb=1)}
+    return RunReport(plan=plan, model="nano", runtime="onnx", figures=figures, usage=usage, costs=costs)
+
+
+def test_share_of_the_ceilings_follows_from_rate_and_cost() -> None:
+    one = report(sum_up([log_of([10, 20, 30, 40])], 0))
+    shares = find_run_shares(one, CEILINGS)
+    assert shares is not None, "0.1 GFLOP and 4 MB at 100 frames/s"
+    assert (shares.arithmetic, shares.bandwidth) == pytest.approx((0.2, 0.04))
+    stages = find_stage_shares(one, CEILINGS)
+    assert list(stages) == ["encode_image"], "the other one was not timed"
+    assert stages["encode_image"].arithmetic == pytest.approx(0.4), "0.02 GFLOP in 1 ms"
+    assert stages["encode_image"].bandwidth == pytest.approx(0.3)
+
+
+def test_share_beyond_a_ceiling_is_doubted() -> None:
+    one = report(sum_up([log_of([10, 20, 30, 40])], 0))
+    assert not find_remarks([one], CEILINGS)
+    held_down = dataclasses.replace(CEILINGS, fp32_gflops=15)
+    assert "beyond a ceiling" in find_remarks([one], held_down)[0]
+
+
+def test_stages_of_several_streams_share_a_batch_and_tell_no_share() -> None:
+    assert find_stage_shares(report(sum_up([log_of([10, 20])], 0), streams=2), CEILINGS) == {}
 
 
 def test_cpu_time_is_told_per_frame() -> None:
-    run = describe_run(report(sum_up([log_of([10, 20, 30, 40])], 0)))
+    run = describe_run(report(sum_up([log_of([10, 20, 30, 40])], 0)), CEILINGS)
     assert run["cpu_ms_per_frame"] == {"client": 1, "server": 8}
     assert run["fps"] == 100
 
@@ -256,6 +418,13 @@ def test_cpu_use_is_the_difference_of_two_readings() -> None:
     before = CpuReading(at_s=10, client_s=1, server_s=5, busy_s=20)
     use = compare(before, CpuReading(at_s=12, client_s=1.5, server_s=6, busy_s=22))
     assert (use.client_percent, use.server_percent, use.others_percent) == (25, 50, 25)
+
+
+def test_stretches_add_up_by_their_length() -> None:
+    short = CpuUse(seconds=1, client_percent=100, server_percent=None, others_percent=0)
+    long = CpuUse(seconds=3, client_percent=20, server_percent=None, others_percent=40)
+    both = add_up([short, long])
+    assert (both.seconds, both.client_percent, both.server_percent, both.others_percent) == (4, 40, None, 30)
 
 
 def test_server_is_read_from_proc(tmp_path: Path) -> None:
@@ -342,6 +511,7 @@ def start_fake(options: EngineOptions) -> FakeScheduler:
 def serve_fake(request: ServerRequest) -> Iterator[RunningServer]:
     class Running:
         pid = os.getpid()
+        start = ServerStart(seconds=1.25, has_exported=False)
         address = ""
 
     scheduler = FakeScheduler(max_streams=request.engine.max_streams)
@@ -353,6 +523,52 @@ def serve_fake(request: ServerRequest) -> Iterator[RunningServer]:
         scheduler.close()
 
 
+class FakePredictor:
+    """sam2's predictor, as far as the benchmark knows it, and the fake tracker's idea of an object."""
+
+    OFFSET = 0.25
+    device = torch.device("cpu")
+    image_size = INPUT_SIZE_PX
+
+    def init_state(self, folder: str) -> dict[str, Any]:
+        assert [path.suffix for path in Path(folder).iterdir()] == [".jpg"]
+        return {"colors": {}}
+
+    def add_new_points_or_box(
+        self, state: dict[str, Any], *, frame_idx: int, obj_id: int, points: Any, labels: Any
+    ) -> None:
+        assert list(labels) == [1]
+        x, y = (points[0] * INPUT_SIZE_PX / state["video_width"]).astype(int)
+        state["colors"][obj_id] = self.forward_image(state["images"][frame_idx])[:, y, x]
+
+    def propagate_in_video(
+        self, state: dict[str, Any], *, start_frame_idx: int
+    ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+        for frame_id in range(start_frame_idx, state["num_frames"]):
+            rgb = self.forward_image(state["images"][frame_id])
+            masks = [
+                torch.where((rgb - color[:, None, None]).abs().sum(0) < COLOR_DISTANCE, 8.0, -8.0)
+                for color in state["colors"].values()
+            ]
+            yield frame_id, list(state["colors"]), torch.stack(masks).unsqueeze(1) + self.OFFSET
+
+    def forward_image(self, picture: torch.Tensor) -> torch.Tensor:
+        """Back to grey levels."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        return (picture * std + mean).round()
+
+    def _prepare_memory_conditioned_features(self) -> None: ...
+
+    def _forward_sam_heads(self) -> None: ...
+
+    def _encode_new_memory(self) -> None: ...
+
+
+def build_fake_reference(model: str, weights: Path, *, build: str, device: str) -> FakePredictor:
+    assert (model, build, device) == (TINY, "sam2", "cpu")
+    return FakePredictor()
+
+
 def render_fake(width_px: int, height_px: int, *, on_frame: Callable[[], None]) -> Footage:
     assert (width_px, height_px) == (96, 64)
     on_frame()
@@ -360,9 +576,19 @@ def render_fake(width_px: int, height_px: int, *, on_frame: Callable[[], None]) 
 
 
 def run(
-    *arguments: str, start_scheduler: StartScheduler = start_fake, start_server: StartServer = serve_fake
+    *arguments: str,
+    start_scheduler: StartScheduler = start_fake,
+    start_server: StartServer = serve_fake,
+    build_reference: BuildReference = build_fake_reference,
 ) -> int:
-    return main(arguments, start_scheduler=start_scheduler, start_server=start_server, render=render_fake)
+    parts = Parts(
+        start_scheduler=start_scheduler,
+        start_server=start_server,
+        render=render_fake,
+        build_reference=build_reference,
+        measure_ceilings=lambda device, threads: CEILINGS,
+    )
+    return main(arguments, parts)
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -374,7 +600,9 @@ def test_unpaced_engine_and_service_with_objects(capsys: pytest.CaptureFixture[s
     assert run(*SMALL, "--objects", "1,2") == 0
     told = last_line(capsys)
     assert told["resolution"] == "96x64"
-    assert set(told["versions"]) == {"python", "torch", "onnxruntime", "trocar"}
+    assert set(told["versions"]) == {"python", "torch", "onnxruntime", "sam2", "grpcio", "av", "trocar"}
+    assert told["ceilings"]["fp32_gflops"] == 50
+    assert told["weights"].endswith("sam2s-nano.safetensors")
     assert [(one["mode"], one["objects"]) for one in told["runs"]] == [
         ("engine", 1),
         ("engine", 2),
@@ -385,12 +613,18 @@ def test_unpaced_engine_and_service_with_objects(capsys: pytest.CaptureFixture[s
         assert one["fps"] > 0
         assert (one["dropped"], one["unreported"], one["paced_fps"]) == (0, 0, 0)
         assert one["latency_from"] == "sent"
+        assert list(one["latency_ms"]) == ["p50", "p95", "p99", "p99_9", "max"]
         assert 0 < one["latency_ms"]["p50"] <= one["latency_ms"]["max"]
+        assert one["dropped_ids"] == [[]]
     engine, service = told["runs"][0], told["runs"][2]
     assert engine["service_latency_ms"] is None
     assert "decode" not in engine["stages_ms"]
     assert 0 < service["service_latency_ms"]["p50"] <= service["latency_ms"]["p50"]
-    assert service["stages_ms"]["decode"] > 0
+    assert 0 < service["stages_ms"]["decode"]["p50"] <= service["stages_ms"]["decode"]["max"]
+    assert engine["added_ms"] is None
+    assert service["added_ms"]["server"]["p50"] <= service["service_latency_ms"]["p50"]
+    assert told["server_start"] == {"seconds": 1.25, "has_exported": False}
+    assert "ratio" not in engine
     assert [slope["mode"] for slope in told["ms_per_object"]] == ["engine", "service"]
 
 
@@ -418,13 +652,16 @@ def test_stalled_tracker_costs_drops_and_latency(capsys: pytest.CaptureFixture[s
     (one,) = last_line(capsys)["runs"]
     assert 5 <= one["dropped"] <= 20, "about 11 pictures came and were replaced meanwhile"
     assert one["unreported"] == 0
+    (dropped_ids,) = one["dropped_ids"]
+    assert len(dropped_ids) == one["dropped"]
+    assert set(dropped_ids) & set(range(11, 22)), "those that came during the stall"
     assert one["latency_ms"]["max"] >= 200
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--mode", "reference"),
+        ("--mode", "peer"),
         ("--mode", "engine,"),
         ("--fps", "-1"),
         ("--fps", "fast"),
@@ -432,11 +669,15 @@ def test_stalled_tracker_costs_drops_and_latency(capsys: pytest.CaptureFixture[s
         ("--objects", "0"),
         ("--objects", "1,,2"),
         ("--streams", "x"),
+        ("--streams", "0"),
+        ("--p99-limit", "0"),
+        ("--drop-limit", "101"),
         ("--frames", "0"),
         ("--warmup", "-1"),
         ("--resolution", "1280"),
         ("--resolution", "1281x720"),
         ("--resolution", "0x0"),
+        ("--resolution", "99999x99998"),
         ("--runtime", "magic"),
         ("--unknown",),
     ],
@@ -454,14 +695,157 @@ def test_wrong_arguments_end_with_one_line(
     assert "invalid _" not in told.err
 
 
-def test_unknown_model_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(options: EngineOptions) -> FakeScheduler:
-        raise UnknownModelError(f"model {options.model!r} is unknown")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--model", "sam9"), "model 'sam9': expected one of sam2s-nano"),
+        (("--objects", "65"), "--objects 65 on --streams 1: the tracker holds 64 objects"),
+        (("--objects", "9", "--streams", "2,8"), "--objects 9 on --streams 8: the tracker holds 64 objects"),
+        (("--find-capacity", "--streams", "2"), "leave out --streams"),
+        (("--find-capacity", "--fps", "0"), "needs cameras with a pace"),
+        (("--p99-limit", "20"), "pass it too"),
+        (("--mode", "reference"), "model sam2s-nano: sam2's predictor knows only SAM 2.1's networks"),
+        (("--mode", "reference", "--model", TINY, "--streams", "2"), "takes one video"),
+        (("--mode", "reference", "--model", TINY, "--fps", "30"), "takes one video"),
+        (("--mode", "reference", "--model", TINY, "--find-capacity"), "takes one video"),
+        (("--plot", "nowhere/fps.png"), "there is no folder nowhere"),
+        (("--plot", "fps.gif"), "expected a file that ends in .png"),
+    ],
+)
+def test_what_cannot_be_measured_ends_with_one_line_before_anything_starts(
+    arguments: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: EngineOptions) -> FakeScheduler:
+        raise AssertionError("nothing should have started")
 
-    assert run(*SMALL, "--model", "sam9", start_scheduler=refuse) == 2
+    assert run(*SMALL, *arguments, start_scheduler=refuse) == 2
     told = capsys.readouterr()
-    assert told.err.splitlines()[-1] == "bench-fps: model 'sam9' is unknown"
     assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("bench-fps: ")
+    assert reason in line
+
+
+def test_failing_tracker_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(_: EngineOptions) -> FakeScheduler:
+        raise CheckpointError("broken")
+
+    assert run(*SMALL, start_scheduler=refuse) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "bench-fps: broken"
+
+
+def test_absent_matplotlib_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*SMALL, "--plot", "fps.png") == 2
+    assert "pip install 'matplotlib>=3.10,<4'" in capsys.readouterr().err
+
+
+def test_plot_shows_every_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "fps.png"
+    assert run(*SMALL, "--streams", "1,2", "--plot", str(path)) == 0
+    picture = cv2.imread(str(path))
+    assert picture is not None
+    height_px, width_px, _ = picture.shape
+    # Three panels with something drawn in each: a blank one has no colour but grey.
+    for panel in np.split(picture[: height_px // 3 * 3], 3):
+        assert np.count_nonzero(np.ptp(panel.astype(int), axis=2) > 60) > 20
+    assert width_px > 1_000
+
+
+class Dropping(FakeScheduler):
+    """Drops the pictures that are picked by frame_id and number of open streams."""
+
+    def __init__(self, is_dropped: Callable[[int, int], bool], max_streams: int) -> None:
+        super().__init__(max_streams=max_streams)
+        self._is_dropped = is_dropped
+
+    def open_stream(self, **options: Any) -> Any:
+        stream = super().open_stream(**options)
+        offer = stream.offer
+
+        def offer_or_drop(picture: Picture) -> Future[FrameMasklets]:
+            if not self._is_dropped(picture.frame_id, len(self.streams)):
+                return offer(picture)
+            dropped: Future[FrameMasklets] = Future()
+            dropped.set_result(FrameMasklets(frame_id=picture.frame_id, is_dropped=True))
+            return dropped
+
+        stream.offer = offer_or_drop  # type: ignore[method-assign]
+        return stream
+
+
+def test_capacity_is_the_last_number_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    def start(options: EngineOptions) -> FakeScheduler:
+        return Dropping(lambda frame_id, streams: streams > 2 and frame_id % 2 == 1, options.max_streams)
+
+    limits = ("--p99-limit", "60000", "--drop-limit", "25")
+    arguments = (*SMALL, "--mode", "engine", "--find-capacity", "--fps", "30", *limits)
+    assert run(*arguments, start_scheduler=start) == 0
+    told = last_line(capsys)
+    (capacity,) = told["capacity"]
+    assert capacity["streams"] == 2
+    assert capacity["limited_by"] == "drops"
+    assert [probe["streams"] for probe in capacity["probes"]] == [1, 2, 4, 3]
+    assert [one["streams"] for one in told["runs"]] == [1, 2, 4, 3]
+
+
+def test_overload_beyond_measure_is_no_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(options: EngineOptions) -> FakeScheduler:
+        return Dropping(lambda frame_id, _: frame_id > 0, options.max_streams)
+
+    arguments = (*SMALL, "--mode", "engine", "--find-capacity", "--plot", str(tmp_path / "fps.png"))
+    assert run(*arguments, start_scheduler=start) == 2
+    told = capsys.readouterr()
+    assert "no run tracked anything" in told.err.splitlines()[-1]
+    described = json.loads(told.out.splitlines()[-1])
+    (capacity,) = described["capacity"]
+    assert (capacity["streams"], capacity["limited_by"]) == (0, "latency and drops")
+    assert described["runs"] == []
+
+
+def test_reference_runs_in_turn_and_tells_ratio_and_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--mode", "reference", "--model", TINY, "--weights", str(tmp_path), "--objects", "1,2")
+    assert run(*SMALL, *arguments) == 0
+    told = last_line(capsys)
+    assert [(one["mode"], one["runtime"], one["objects"]) for one in told["runs"]] == [
+        ("engine", "fake", 1),
+        ("reference", "sam2", 1),
+        ("engine", "fake", 2),
+        ("reference", "sam2", 2),
+    ]
+    for engine, reference in zip(told["runs"][::2], told["runs"][1::2], strict=True):
+        assert engine["ratio"] == reference["ratio"]
+        # Of rounded figures.
+        assert engine["ratio"] == pytest.approx(engine["fps"] / reference["fps"], rel=0.01)
+        assert len(engine["window_ratios"]) == 5
+        assert reference["logit_difference"]["max"] == pytest.approx(FakePredictor.OFFSET, abs=1e-4)
+        assert len(reference["logit_difference"]["per_frame"]) == 16
+        assert reference["logit_difference"]["presence_disagreements"] == 0
+        assert reference["visible_share"] == engine["visible_share"] > 0
+        assert list(reference["stages_ms"]) == ["encode_image"]
+
+
+def test_model_without_weights_is_measured_with_random_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def start(options: EngineOptions) -> FakeScheduler:
+        assert options.weights is not None
+        seen.append(load_state(options.weights))
+        return FakeScheduler()
+
+    for _ in range(2):
+        assert run(*SMALL, "--mode", "engine", "--model", TINY, start_scheduler=start) == 0
+        assert last_line(capsys)["weights"] == "random"
+    first, second = seen
+    assert all(torch.isfinite(value).all() for value in first.values())
+    assert all(torch.equal(first[name], second[name]) for name in first), "the same every time"
 
 
 @pytest.mark.parametrize("mode", ["engine", "service"])
@@ -473,7 +857,7 @@ def test_refused_prompt_ends_with_one_line(mode: str, capsys: pytest.CaptureFixt
     @contextmanager
     def serve(request: ServerRequest) -> Iterator[RunningServer]:
         scheduler = Forgetful()
-        running: Any = type("Running", (), {"pid": os.getpid()})
+        running: Any = type("Running", (), {"pid": os.getpid(), "start": None})
         try:
             with LocalServer(scheduler, resize_linear) as server:
                 running.address = server.address

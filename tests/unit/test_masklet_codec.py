@@ -106,7 +106,13 @@ def test_data_that_describe_another_mask_are_refused(
 def test_huge_runs_are_refused_without_allocating_them() -> None:
     data = b"\xff\xff\xff\xff\x7f" * 1000
     with pytest.raises(MaskDataError, match="add up to"):
-        decode_mask(EncodedMask(width_px=4, height_px=3, encoding=MaskEncoding.RLE, data=data))
+        decode_mask(EncodedMask(width_px=400, height_px=300, encoding=MaskEncoding.RLE, data=data))
+
+
+def test_runs_longer_than_packed_bits_are_refused_unread() -> None:
+    data = b"\x01" * 12_000
+    with pytest.raises(MaskDataError, match=r"12000 bytes, expected at most 1500.*packed bits"):
+        decode_mask(EncodedMask(width_px=120, height_px=100, encoding=MaskEncoding.RLE, data=data))
 
 
 def test_box_reaches_from_the_first_pixel_to_after_the_last() -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ def make_pool(rows: int = 2) -> MemoryPool:
 
 def read(slots: list[int], pointers: list[int]) -> SlotReads:
     return SlotReads(
-        slots=slots, times=slots, pointers=pointers, pointer_ages=pointers, prototypes=(0, slots[-1])
+        slots=slots, times=slots, pointers=pointers, pointer_ages=pointers, prototypes=(0, 0, slots[-1])
     )
 
 
@@ -39,22 +40,57 @@ def test_ten_thousand_objects_come_and_go_without_growth() -> None:
     assert tensors == (pool.spatial.data_ptr(), pool.prototypes.data_ptr(), pool.pointers.data_ptr())
 
 
+POISON = 1e6
+"""Finite, as whatever hides behind a bias must be, and so large that the slightest leak shows."""
+
+
+def test_ten_thousand_objects_never_see_a_slot_of_a_former_owner() -> None:
+    """Each object fills some slots with its own number and leaves poison; what it reads must be its own."""
+    pool = MemoryPool(TINY, rows=5, slots=6)
+    allocated = [values.nbytes for values in (pool.spatial, pool.prototypes, pool.pointers)]
+    rng = np.random.default_rng(0)
+    living: dict[int, tuple[int, SlotReads]] = {}
+    for number in range(1, 10_001):
+        if len(living) == pool.rows:
+            gone = int(rng.choice(list(living)))
+            row, _ = living.pop(gone)
+            for values in (pool.spatial, pool.prototypes, pool.pointers):
+                values[row] = POISON
+            pool.release(row)
+        row = pool.allocate()
+        assert row not in [taken for taken, _ in living.values()]
+        slots = [0, *(1 + rng.permutation(5)[: rng.integers(5)]).tolist()]
+        pointers = [0, *(3 + rng.permutation(15)[: rng.integers(15)]).tolist()]
+        for slot in slots:
+            mark = torch.full_like(pool.spatial[0, 0], number)
+            pool.write(row, slot, mark, torch.full_like(pool.prototypes[0, 0], number))
+        pool.pointers[row, pointers] = float(number)
+        living[number] = row, read(slots, pointers)
+        if number % 29 == 0:
+            numbers, owned = list(living), list(living.values())
+            view, prototypes = pool.gather([row for row, _ in owned], [reads for _, reads in owned])
+            for values in (view.spatial, view.pointers, prototypes):
+                own = torch.tensor(numbers).view(-1, *[1] * (values.dim() - 1))
+                assert (values == own).all(), "even what a bias hides is the object's own"
+    assert allocated == [values.nbytes for values in (pool.spatial, pool.prototypes, pool.pointers)]
+    assert pool.rows_in_use == pool.rows
+
+
 def test_gather_hides_the_padding_of_shorter_rows() -> None:
     pool = make_pool()
     for row in range(2):
         for slot in range(3):
             pool.spatial[row, slot] = 10 * row + slot
             pool.prototypes[row, slot] = 10 * row + slot
-    view, prototypes, prototype_bias = pool.gather([0, 1], [read([0, 2], [0]), read([1], [0, 3])])
+    view, prototypes = pool.gather([0, 1], [read([0, 2], [0]), read([1], [0, 3])])
     assert view.spatial[:, :, 0, 0, 0].tolist() == [[0, 2], [11, 11]]
     assert (view.slot_bias < 0).tolist() == [[False, False], [False, True]]
     assert (view.pointer_bias < 0).tolist() == [[False, True], [False, False]]
-    assert prototype_bias.tolist() == [[0, 0]] * 2
-    assert prototypes[1, 1].unique().tolist() == [11]
+    assert prototypes[1, 2].unique().tolist() == [11]
 
 
 def test_gather_copies_so_that_later_writes_do_not_reach_a_view() -> None:
     pool = make_pool()
-    view, _, _ = pool.gather([0], [read([0], [0])])
+    view, _ = pool.gather([0], [read([0], [0])])
     pool.write(0, 0, torch.ones_like(pool.spatial[0, 0]), torch.ones_like(pool.prototypes[0, 0]))
     assert view.spatial.unique().tolist() == [0]

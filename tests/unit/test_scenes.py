@@ -1,5 +1,7 @@
 """Synthetic clips keep the promises that training and the demo build on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from torch import Tensor
 
 from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.training.clip import Clip
-from trocar_engines.training.instruments import INSTRUMENT_KINDS, draw_instrument, draw_style
-from trocar_engines.training.scenes import SceneConfig, demo_scene, render_clip
+from trocar_engines.training.instruments import HELD_OUT_KIND, INSTRUMENT_KINDS, draw_instrument, draw_style
+from trocar_engines.training.scenes import Scene, SceneConfig, demo_scene, render_clip
 from trocar_engines.training.tissue import TISSUE_CLASS
 from trocar_engines.training.worlds import MOST_OBJECTS, render_world
 
@@ -61,7 +63,16 @@ def test_scenes_know_the_classes_the_network_tells_apart() -> None:
     assert TISSUE_CLASS == "tissue"
 
 
-@pytest.mark.parametrize("kind", INSTRUMENT_KINDS)
+def test_scenes_show_only_the_kinds_asked_for() -> None:
+    shown = {
+        kind
+        for seed in range(8)
+        for kind in Scene(replace(_config(seed, 16), kinds=("hook", HELD_OUT_KIND))).classes
+    }
+    assert shown == {"hook", HELD_OUT_KIND, TISSUE_CLASS}
+
+
+@pytest.mark.parametrize("kind", [*INSTRUMENT_KINDS, HELD_OUT_KIND])
 def test_every_kind_of_instrument_has_a_tip(kind: str) -> None:
     rng = np.random.default_rng(0)
     style = draw_style(rng, kind)

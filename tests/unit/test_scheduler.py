@@ -1,15 +1,29 @@
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from networks import lively_network
-from trocar_engines.errors import CheckpointError, FrameNotKeptError, StreamLimitError, UnknownModelError
-from trocar_engines.masklets import Picture, Prompt
+from networks import TINY, lively_network
+from stepping import FailingTracker, SteppedTracker, stepped_scheduler
+from trocar_engines.errors import (
+    CheckpointError,
+    DeviceFaultError,
+    FrameNotKeptError,
+    RuntimeUnavailableError,
+    StreamLimitError,
+    UnknownModelError,
+)
+from trocar_engines.masklets import FrameMasklets, Picture, Prompt
 from trocar_engines.network.config import NANO
+from trocar_engines.network.sam2s import SAM2S, Decoded
 from trocar_engines.network.weights import save_weights
+from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.scheduler import QUEUE_CAPACITY, Scheduler, SchedulerConfig, TrackedStream
 
 TIMEOUT_S = 20
@@ -137,6 +151,63 @@ def test_a_fault_of_the_tracker_makes_the_scheduler_unhealthy(weights: Path) -> 
     scheduler.close()
 
 
+class FaultyRuntime(EagerRuntime):
+    """Fails one of its stages, as a GPU does that vanished."""
+
+    def __init__(self, network: SAM2S, stage: str) -> None:
+        super().__init__(network)
+        self._stage = stage
+
+    def decode_prompt(self, *arguments: Any) -> Decoded:
+        self._maybe_fail("decode_prompt")
+        return super().decode_prompt(*arguments)
+
+    def encode_memory(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        self._maybe_fail("encode_memory")
+        return super().encode_memory(*arguments)
+
+    def track_masks(self, *arguments: Any) -> Decoded:
+        self._maybe_fail("track_masks")
+        return super().track_masks(*arguments)
+
+    def _maybe_fail(self, stage: str) -> None:
+        if stage == self._stage:
+            raise torch.OutOfMemoryError("no memory left on the device")
+
+
+@pytest.mark.parametrize("stage", ["track_masks", "encode_memory", "decode_prompt"])
+def test_no_mask_comes_after_a_device_fault(weights: Path, stage: str) -> None:
+    scheduler = Scheduler(SchedulerConfig(runtime="eager", weights=weights))
+    stream = scheduler.open_stream(is_live=False, max_objects=2)
+    stream.offer(picture(0)).result(TIMEOUT_S)
+    stream.prompt(click(0)).result(TIMEOUT_S)
+    stream.model.tracker.runtime = FaultyRuntime(lively_network(NANO), stage)
+    if stage == "decode_prompt":
+        with pytest.raises(DeviceFaultError, match="connect again"):
+            stream.prompt(click(0, object_id=2)).result(TIMEOUT_S)
+    elif stage == "encode_memory":
+        # The fault comes after the reply, and must not take the thread along.
+        assert stream.offer(picture(1)).result(TIMEOUT_S).masklets
+    for frame_id in (2, 3):
+        with pytest.raises(DeviceFaultError, match="connect again"):
+            stream.offer(picture(frame_id)).result(TIMEOUT_S)
+    with pytest.raises(DeviceFaultError, match="connect again"):
+        stream.prompt(click(1)).result(TIMEOUT_S)
+    assert not scheduler.is_healthy
+    scheduler.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("runtime", ["cuda", "tensorrt"])
+def test_runtime_that_this_machine_lacks_is_refused_with_a_remedy(weights: Path, runtime: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="--runtime onnx"):
+        Scheduler(SchedulerConfig(runtime=runtime, weights=weights))
+
+
+def test_card_names_the_runtime_that_runs(scheduler: Scheduler) -> None:
+    assert scheduler.model_card(scheduler.default_model).runtime == "eager"
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
@@ -151,3 +222,123 @@ def test_what_cannot_be_loaded_is_said_with_the_remedy(
 ) -> None:
     with pytest.raises(error, match=text):
         Scheduler(SchedulerConfig(**settings))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stepped() -> Iterator[tuple[Scheduler, SteppedTracker]]:
+    scheduler, tracker = stepped_scheduler()
+    yield scheduler, tracker
+    tracker.release()
+    scheduler.close()
+
+
+def show(stream: TrackedStream, frames: range) -> None:
+    for frame in frames:
+        stream.offer(tiny_picture(frame)).result(TIMEOUT_S)
+
+
+def tiny_picture(frame_id: int) -> Picture:
+    pixels = np.random.default_rng(frame_id).integers(0, 255, (TINY.input_size_px,) * 2 + (3,), np.uint8)
+    return Picture(frame_id=frame_id, pixels=pixels, width_px=640, height_px=360, time_s=frame_id / 60)
+
+
+def test_an_object_prompted_late_is_there_before_the_next_picture_where_nothing_is_dropped(
+    stepped: tuple[Scheduler, SteppedTracker],
+) -> None:
+    scheduler, tracker = stepped
+    stream = scheduler.open_stream(is_live=False, max_objects=2)
+    show(stream, range(20))
+    tracker.log.clear()
+    prompted = stream.prompt(click(2))
+    result = stream.offer(tiny_picture(20)).result(TIMEOUT_S)
+    assert prompted.result(TIMEOUT_S).frame_id == 2
+    assert [masklet.object_id for masklet in result.masklets] == [1]
+    assert tracker.log == [*["catch_up"] * 8, "step"]
+
+
+def test_a_live_stream_under_load_catches_up_in_its_ticks_and_after_them_and_loses_none(
+    stepped: tuple[Scheduler, SteppedTracker],
+) -> None:
+    scheduler, tracker = stepped
+    stream = scheduler.open_stream(is_live=True, max_objects=2)
+    show(stream, range(1))
+    stream.prompt(click(0, object_id=2)).result(TIMEOUT_S)
+    show(stream, range(1, 20))
+    futures: list[Future[FrameMasklets]] = []
+
+    def offer_next() -> None:
+        if len(futures) < 20:
+            futures.append(stream.offer(tiny_picture(20 + len(futures))))
+
+    tracker.on_step = offer_next  # from now on a picture always waits
+    tracker.log.clear()
+    offer_next()
+    stream.prompt(click(2)).result(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(futures) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    results = [future.result(TIMEOUT_S) for future in futures]
+    assert tracker.log.count("step") == 20
+    way = tracker.log[tracker.log.index("catch_up") - 1 :]
+    assert way[:8] == ["step", "catch_up"] * 4, "eight stops: a row of each tick, a step after it"
+    assert "catch_up" not in way[8:]
+    numbers = [[masklet.object_id for masklet in result.masklets] for result in results]
+    assert all(2 in ids for ids in numbers), "the other object is on every frame"
+    first = next(index for index, ids in enumerate(numbers) if 1 in ids)
+    assert first <= 5
+    assert all(1 in ids for ids in numbers[first:])
+
+
+def test_live_pictures_wait_for_one_step_of_another_streams_way_at_most(
+    stepped: tuple[Scheduler, SteppedTracker],
+) -> None:
+    scheduler, tracker = stepped
+    recorded = scheduler.open_stream(is_live=False, max_objects=2)
+    live = scheduler.open_stream(is_live=True, max_objects=2)
+    show(recorded, range(20))
+    show(live, range(1))
+    futures: list[Future[FrameMasklets]] = []
+
+    def offer_next() -> None:
+        if len(futures) < 12:
+            futures.append(live.offer(tiny_picture(1 + len(futures))))
+
+    tracker.on_step = offer_next
+    tracker.log.clear()
+    recorded.prompt(click(2))
+    offer_next()
+    deadline = time.monotonic() + TIMEOUT_S
+    while (len(futures) < 12 or tracker.log.count("catch_up") < 8) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    tracker.on_step = lambda: None
+    assert tracker.log.count("catch_up") == 8
+    offered = tracker.log[tracker.log.index("step") :][:8]
+    assert "catch_up, catch_up" not in ", ".join(offered)
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_closing_a_stream_while_an_object_catches_up_frees_its_row(
+    stepped: tuple[Scheduler, SteppedTracker], is_live: bool
+) -> None:
+    scheduler, tracker = stepped
+    stream, other = (scheduler.open_stream(is_live=is_live, max_objects=2) for _ in range(2))
+    show(stream, range(20))
+    tracker.is_held = True
+    stream.prompt(click(2)).result(TIMEOUT_S)
+    waiting = stream.offer(tiny_picture(20))
+    stream.close()
+    tracker.release()
+    show(other, range(2))
+    assert waiting.done()
+    assert tracker.pool.rows_in_use == 0
+    assert scheduler.is_healthy
+
+
+def test_a_tracker_that_cannot_write_memory_makes_the_scheduler_unhealthy_and_leaves_nobody_waiting() -> None:
+    scheduler, _ = stepped_scheduler(kind=FailingTracker)
+    stream = scheduler.open_stream(is_live=False, max_objects=1)
+    assert not stream.offer(tiny_picture(0)).result(TIMEOUT_S).is_dropped
+    with pytest.raises(DeviceFaultError, match="connect again"):
+        stream.offer(tiny_picture(1)).result(TIMEOUT_S)
+    scheduler.close()
+    assert not scheduler.is_healthy

@@ -1,10 +1,16 @@
+import dataclasses
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from networks import TINY, lively_network
-from trocar_engines.errors import CapacityError, InvalidPromptError, UnknownObjectError
+from trocar_engines.errors import CapacityError, FrameNotKeptError, InvalidPromptError, UnknownObjectError
 from trocar_engines.masklets import ObjectState, Picture, Prompt, PromptMode
-from trocar_engines.memory.bank import BankConfig
+from trocar_engines.memory.bank import BankConfig, MemoryPolicy
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.tracker import StreamState, Tracker, TrackerConfig
 
@@ -44,6 +50,37 @@ def test_prompted_object_is_tracked_from_the_next_frame_on() -> None:
     assert [masklet.object_id for masklet in result.masklets] == [7]
     assert result.masklets[0].mask_logits.std() > 0, "a constant mask would make every comparison vacuous"
     assert set(result.stage_ns) >= {"encode_image", "attend_memory", "decode_masks", "readback"}
+
+
+class CountingRuntime(EagerRuntime):
+    """Counts the pictures it encodes."""
+
+    encoded = 0
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        self.encoded += len(pixels)
+        return super().encode_image(pixels)
+
+
+def test_shared_picture_is_encoded_once_and_tracked_by_each_stream() -> None:
+    runtime = CountingRuntime(lively_network())
+    tracker = Tracker(runtime, TrackerConfig(rows=4, bank=BANK))
+    streams = [tracker.open_stream(BANK, 1) for _ in range(2)]
+    alone = make_tracker()
+    single = alone.open_stream(BANK, 1)
+    shared = picture(0)
+    advance(tracker, streams, [shared, shared])
+    advance(alone, [single], [shared])
+    for stream, x in zip(streams, (20, 120), strict=True):
+        tracker.prompt(stream, click(1, 0, x=x))
+    alone.prompt(single, click(1, 0, x=120))
+    shared, other = picture(1), picture(1, seed=99)
+    _, (mask,) = advance(tracker, streams, [shared, shared])
+    ((expected,),) = advance(alone, [single], [shared])
+    np.testing.assert_allclose(mask, expected, atol=1e-3)
+    assert runtime.encoded == 2
+    advance(tracker, streams, [shared, other])
+    assert runtime.encoded == 4
 
 
 def test_batching_objects_and_streams_changes_no_mask() -> None:
@@ -143,7 +180,9 @@ def test_prompt_takes_the_nearest_kept_frame_and_refuses_older_ones() -> None:
 
 def test_absent_object_has_an_empty_mask_and_is_lost_after_a_while() -> None:
     network = lively_network()
-    tracker = Tracker(EagerRuntime(network), TrackerConfig(rows=1, bank=BANK, lost_after_s=1.0))
+    network.semantic_head.vectors.zero_()  # every class is as likely: semantics have no say
+    config = TrackerConfig(rows=1, bank=BANK, lost_after_s=1.0, return_iou=0.0)
+    tracker = Tracker(EagerRuntime(network), config)
     stream = tracker.open_stream(BANK, 1)
     advance(tracker, [stream], [picture(0)])
     tracker.prompt(stream, click(1, 0))
@@ -191,4 +230,356 @@ def test_correcting_the_conditioning_frame_rewrites_its_slot() -> None:
     assert stream.objects[1].bank.reads().slots == [0]
     advance(tracker, [stream], [picture(1)])
     tracker.prompt(stream, click(1, 1))
-    assert stream.objects[1].bank.corrections.written == 1
+    assert stream.objects[1].bank.corrections.filled() == [8]
+
+
+def follow(tracker: Tracker, stream: StreamState, frames: range) -> None:
+    for frame in frames:
+        advance(tracker, [stream], [picture(frame, seed=frame // 4)])
+
+
+def test_an_object_prompted_in_the_past_reaches_the_present() -> None:
+    late, timely = make_tracker(), make_tracker()
+    streams = late.open_stream(BANK, 2), timely.open_stream(BANK, 2)
+    follow(timely, streams[1], range(1))
+    timely.prompt(streams[1], click(1, 0))
+    follow(timely, streams[1], range(1, 8))
+    follow(late, streams[0], range(8))
+    late.prompt(streams[0], click(1, 0))
+    steps = 0
+    while streams[0].is_behind:
+        late.catch_up([streams[0]])
+        steps += 1
+    assert steps == 7
+    expected = advance(timely, [streams[1]], [picture(8)])
+    np.testing.assert_allclose(advance(late, [streams[0]], [picture(8)])[0][0], expected[0][0], atol=1e-5)
+
+
+def test_catching_up_takes_at_most_eight_steps_and_counts_every_frame() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(41))
+    tracker.prompt(stream, click(1, 10))
+    stops = [frame.frame_id for frame, _ in stream.objects[1].behind]
+    assert stops == [14, 18, 21, 25, 29, 32, 36, 40]
+    tracker.catch_up([stream])
+    assert advance(tracker, [stream], [picture(41)]) == [()], "no masklet before the object is here"
+    while stream.is_behind:
+        tracker.catch_up([stream])
+    assert len(advance(tracker, [stream], [picture(42)])[0]) == 1
+    assert stream.objects[1].bank.frame == 42 - 10
+
+
+def test_a_correction_in_the_past_takes_back_what_was_remembered_since() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 20))
+    bank = stream.objects[1].bank
+    earlier = stream.objects[1].past[10].mask_logits
+    outcome = tracker.prompt(stream, click(1, 10, x=20))
+    assert not np.array_equal(outcome.masklet.mask_logits, earlier)
+    assert bank.corrections.filled() == [bank.latest_slot]
+    remembered = [*bank.recent.times.values(), *bank.long_term.times.values()]
+    assert max(remembered, default=0) < 10 / 30
+    assert bank.frame == 10
+    while stream.is_behind:
+        tracker.catch_up([stream])
+    assert bank.frame == 19
+
+
+def test_a_pinned_frame_takes_prompts_long_after_its_neighbours_are_gone() -> None:
+    tracker = Tracker(EagerRuntime(lively_network()), TrackerConfig(rows=2, bank=BANK, most_kept_frames=3))
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(4))
+    tracker.prompt(stream, click(1, 3))
+    assert tracker.pin(stream, 3) == 3
+    follow(tracker, stream, range(4, 12))
+    assert set(stream.objects[1].past) == {3, 9, 10, 11}
+    outcome = tracker.prompt(stream, click(1, 3, x=20))
+    assert outcome.frame_id == 3
+    assert len(stream.objects[1].points) == 2, "clicks on the pinned frame add up"
+    assert [frame.frame_id for frame, _ in stream.objects[1].behind] == [9, 10, 11]
+    tracker.pin(stream, 11)
+    with pytest.raises(InvalidPromptError, match="no longer kept"):
+        tracker.prompt(stream, click(2, 3))
+
+
+def test_untrusted_frames_are_not_remembered_while_catching_up() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(1))
+    for frame in range(1, 6):
+        gap = dataclasses.replace(picture(frame), is_trusted=False)
+        advance(tracker, [stream], [gap])
+    tracker.prompt(stream, click(1, 0))
+    while stream.is_behind:
+        tracker.catch_up([stream])
+    assert stream.objects[1].bank.recent.filled() == []
+
+
+def test_a_mask_that_vanishes_at_the_input_size_is_refused_and_takes_no_row() -> None:
+    tracker = make_tracker(rows=1)
+    stream = tracker.open_stream(BANK, 1)
+    advance(tracker, [stream], [picture(0)])
+    speck = np.zeros((HEIGHT * 8, WIDTH * 8), dtype=bool)
+    speck[100, 200] = True
+    with pytest.raises(InvalidPromptError, match="vanishes at the model's input size, 64x64"):
+        tracker.prompt(stream, Prompt(object_id=1, frame_id=0, mask=speck))
+    assert tracker.pool.rows_in_use == 0
+    whole = np.ones((HEIGHT, WIDTH), dtype=bool)
+    assert (tracker.prompt(stream, Prompt(object_id=1, frame_id=0, mask=whole)).masklet.mask_logits > 0).all()
+
+
+class LoudRuntime(EagerRuntime):
+    """Mask logits far beyond what a prompt may hold; keeps the masks it is prompted with."""
+
+    def __init__(self) -> None:
+        super().__init__(lively_network())
+        self.prompted: list[torch.Tensor] = []
+
+    def decode_prompt(
+        self,
+        conditioned: torch.Tensor,
+        features: ImageFeatures,
+        prompt: PromptTensors,
+        is_multimask: torch.Tensor,
+    ) -> Decoded:
+        self.prompted.append(prompt.mask)
+        decoded = super().decode_prompt(conditioned, features, prompt, is_multimask)
+        return decoded._replace(mask_logits=decoded.mask_logits * 1e4)
+
+
+def test_mask_so_far_prompts_again_clamped_as_in_sam2() -> None:
+    runtime = LoudRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    advance(tracker, [stream], [picture(0)])
+    outcomes = [tracker.prompt(stream, click(1, 0)) for _ in range(2)]
+    assert np.abs(outcomes[0].masklet.mask_logits).max() > 32
+    assert [mask.abs().max().item() for mask in runtime.prompted] == [0, 32]
+
+
+class TellingRuntime(EagerRuntime):
+    """Says of every tracked frame what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(lively_network())
+        self.presence, self.iou, self.instrument = 5.0, 0.9, 0
+
+    def track_masks(
+        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
+    ) -> Decoded:
+        decoded = super().track_masks(conditioned, features, prototypes, class_token)
+        classes = torch.full_like(decoded.class_logits, -5.0)
+        classes[:, self.instrument] = 5.0
+        return decoded._replace(
+            mask_logits=decoded.mask_logits.abs() + 0.1,
+            predicted_iou=torch.full_like(decoded.predicted_iou, self.iou),
+            presence_logit=torch.full_like(decoded.presence_logit, self.presence),
+            class_logits=classes,
+        )
+
+
+@pytest.mark.parametrize(
+    ("instrument", "iou", "policy", "state"),
+    [
+        (0, 0.9, MemoryPolicy.FIFO, ObjectState.VISIBLE),
+        (1, 0.9, MemoryPolicy.FIFO, ObjectState.LOST),
+        (0, 0.3, MemoryPolicy.FIFO, ObjectState.LOST),
+        (1, 0.3, MemoryPolicy.VANILLA, ObjectState.VISIBLE),
+    ],
+)
+def test_a_lost_object_comes_back_only_if_memory_and_semantics_agree(
+    instrument: int, iou: float, policy: MemoryPolicy, state: ObjectState
+) -> None:
+    runtime, bank = TellingRuntime(), dataclasses.replace(BANK, policy=policy)
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=bank, lost_after_s=1.0))
+    stream = tracker.open_stream(bank, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 10))
+    runtime.presence = -5.0
+    follow(tracker, stream, range(10, 60))
+    runtime.presence, runtime.instrument, runtime.iou = 5.0, instrument, iou
+    remembered = stream.objects[1].bank.recent.filled()
+    (masklet,) = tracker.step([stream], [picture(60)]).results[0].masklets
+    assert masklet.state is state
+    assert bool((masklet.mask_logits > 0).any()) == (state is ObjectState.VISIBLE)
+    follow(tracker, stream, range(61, 64))
+    if state is ObjectState.LOST:
+        assert stream.objects[1].bank.recent.filled() == remembered, "a look-alike is not remembered"
+    outcome = tracker.prompt(stream, click(1, 63))
+    assert outcome.masklet.state is ObjectState.VISIBLE, "a surgeon who points is believed"
+
+
+def catch_up(tracker: Tracker, stream: StreamState) -> None:
+    while stream.is_behind:
+        tracker.catch_up([stream])
+
+
+def test_what_is_known_of_a_frame_that_left_while_the_object_caught_up_is_let_go() -> None:
+    tracker = Tracker(EagerRuntime(lively_network()), TrackerConfig(rows=1, bank=BANK, most_kept_frames=5))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(5))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(5, 12))
+    assert not stream.is_behind, "every picture brings the object one frame nearer"
+    assert min(stream.objects[1].past) >= 7
+
+
+def test_two_objects_catch_up_at_once_as_each_would_alone() -> None:
+    masks = []
+    for prompted in ((1, 2), (1,), (2,)):
+        tracker = make_tracker()
+        stream = tracker.open_stream(BANK, 2)
+        follow(tracker, stream, range(8))
+        for object_id in prompted:
+            tracker.prompt(stream, click(object_id, 2 * object_id, x=50 * object_id))
+        catch_up(tracker, stream)
+        masks.append(advance(tracker, [stream], [picture(8)])[0])
+    together, *alone = masks
+    np.testing.assert_allclose(together[0], alone[0][0], atol=1e-4)
+    np.testing.assert_allclose(together[1], alone[1][0], atol=1e-4)
+
+
+def test_a_correction_while_the_object_catches_up_starts_its_way_anew() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(41))
+    tracker.prompt(stream, click(1, 0))
+    tracker.catch_up([stream])
+    tracker.catch_up([stream])
+    outcome = tracker.prompt(stream, click(1, 7, x=20))
+    tracked = stream.objects[1]
+    assert outcome.frame_id == 7, "a frame that the object has skipped on its way"
+    assert min(frame.frame_id for frame, _ in tracked.behind) > 7
+    assert max(tracked.bank.recent.times.values()) < 7 / 30
+    assert tracked.bank.corrections.filled() == [tracked.bank.latest_slot]
+    catch_up(tracker, stream)
+    (mask,) = advance(tracker, [stream], [picture(41)])[0]
+    assert mask.std() > 0
+    reads = tracked.bank.reads()
+    assert min(reads.pointer_ages) >= 0
+    assert len(set(reads.pointers)) == len(reads.pointers)
+
+
+def test_a_correction_on_a_frame_that_was_skipped_takes_back_every_later_pointer() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(41))
+    tracker.prompt(stream, click(1, 0))
+    catch_up(tracker, stream)
+    bank = stream.objects[1].bank
+    assert 7 not in stream.objects[1].past
+    before = bank.reads().pointers
+    tracker.prompt(stream, click(1, 7, x=20))
+    assert len(before) == 1 + 8
+    assert len(bank.reads().pointers) == 1 + 1 + 1, "of the conditioning frame, frame 5 and the correction"
+
+
+def test_replacing_in_the_past_forgets_everything_of_the_object_but_its_number() -> None:
+    tracker = make_tracker()
+    stream, other = tracker.open_stream(BANK, 1), tracker.open_stream(BANK, 1)
+    for lane, prompted in ((stream, True), (other, False)):
+        follow(tracker, lane, range(1))
+        if prompted:
+            tracker.prompt(lane, click(1, 0))
+        follow(tracker, lane, range(1, 12))
+    tracker.prompt(stream, click(1, 6, x=20, mode=PromptMode.REPLACE))
+    assert set(stream.objects[1].past) == {6}, "masks of what the number stood for before prompt nothing"
+    tracker.prompt(other, click(1, 6, x=20))
+    for lane in (stream, other):
+        catch_up(tracker, lane)
+    replaced, fresh = advance(tracker, [stream, other], [picture(12), picture(12)])
+    np.testing.assert_allclose(replaced[0], fresh[0], atol=1e-4)
+
+
+def test_a_prompt_before_the_objects_first_frame_begins_it_there() -> None:
+    tracker = make_tracker()
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(6))
+    tracker.prompt(stream, click(1, 5))
+    follow(tracker, stream, range(6, 10))
+    assert tracker.prompt(stream, click(1, 2, x=20)).frame_id == 2
+    tracked = stream.objects[1]
+    assert tracked.conditioning_frame == 2
+    assert tracked.points == [(20, 45)]
+    assert tracked.bank.reads().slots == [0]
+    assert [frame.frame_id for frame, _ in tracked.behind] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_object_removed_or_reset_while_it_catches_up_leaves_nothing_behind() -> None:
+    tracker = make_tracker(rows=2)
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(20))
+    for forget in (partial(tracker.remove, object_id=1), tracker.reset):
+        tracker.prompt(stream, click(1, 3))
+        tracker.catch_up([stream])
+        forget(stream)
+        assert not stream.is_behind
+        assert tracker.pool.rows_in_use == 0
+        tracker.catch_up([stream])
+    assert advance(tracker, [stream], [picture(20)]) == [()]
+    tracker.prompt(stream, click(1, 3))
+    tracker.close_stream(stream)
+    assert tracker.pool.rows_in_use == 0
+
+
+def test_a_dropped_frame_that_was_pinned_takes_prompts_under_its_own_number() -> None:
+    tracker = Tracker(EagerRuntime(lively_network()), TrackerConfig(rows=2, bank=BANK, most_kept_frames=3))
+    stream = tracker.open_stream(BANK, 2)
+    for frame in (0, 2, 4):
+        advance(tracker, [stream], [picture(frame)])
+    stood_in = tracker.pin(stream, 3)
+    assert stood_in in (2, 4)
+    follow(tracker, stream, range(5, 12))
+    assert tracker.prompt(stream, click(1, 3)).frame_id == stood_in
+    assert tracker.prompt(stream, click(1, stood_in)).frame_id == stood_in
+    with pytest.raises(FrameNotKeptError, match="no longer kept"):
+        tracker.prompt(stream, click(2, 1))
+
+
+def test_an_untrusted_frame_is_remembered_only_where_a_person_vouches_for_it() -> None:
+    tracker = make_tracker(rows=1)
+    stream = tracker.open_stream(BANK, 1)
+    advance(tracker, [stream], [dataclasses.replace(picture(0), is_trusted=False)])
+    tracker.prompt(stream, click(1, 0))
+    before = tracker.pool.spatial.clone()
+    for frame in range(1, 4):
+        advance(tracker, [stream], [dataclasses.replace(picture(frame), is_trusted=False)])
+    assert before.equal(tracker.pool.spatial)
+    advance(tracker, [stream], [picture(4)])
+    assert not before.equal(tracker.pool.spatial)
+
+
+def test_objects_that_come_and_go_leave_nothing_to_those_after_them() -> None:
+    """A row is poisoned whenever its object goes; the last object must track as in a fresh tracker."""
+    used, fresh = make_tracker(rows=3), make_tracker(rows=3)
+    stream, alone = used.open_stream(BANK, 3), fresh.open_stream(BANK, 3)
+    rng = np.random.default_rng(0)
+    for frame in range(40):
+        advance(used, [stream], [picture(frame)])
+        if len(stream.objects) == 3:
+            gone = int(rng.choice(list(stream.objects)))
+            row = stream.objects[gone].bank.row
+            used.remove(stream, gone)
+            for values in (used.pool.spatial, used.pool.prototypes, used.pool.pointers):
+                values[row] = 1e4
+        used.prompt(stream, click(100 + frame, max(0, frame - frame % 4), x=float(rng.uniform(0, WIDTH))))
+    for object_id in list(stream.objects)[:2]:
+        used.remove(stream, object_id)
+    for values in (used.pool.spatial, used.pool.prototypes, used.pool.pointers):
+        values[used.pool._free] = 1e4
+    for tracker, lane in ((used, stream), (fresh, alone)):
+        for frame in range(40, 43):
+            advance(tracker, [lane], [picture(frame)])
+        tracker.prompt(lane, click(7, 42))
+    for frame in range(43, 50):
+        here = used.step([stream], [picture(frame)])
+        used.remember(here)
+        mask = next(one.mask_logits for one in here.results[0].masklets if one.object_id == 7)
+        ((expected,),) = advance(fresh, [alone], [picture(frame)])
+        np.testing.assert_allclose(mask, expected, atol=1e-4)
+    assert used.pool.rows_in_use == 2

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from networks import TINY
+from trocar_engines.errors import TrocarError
 from trocar_engines.network import config as network_configs
 from trocar_engines.training.clicks import farthest_point, next_click, training_boxes
 from trocar_engines.training.losses import LossWeights, dice_loss, focal_loss, soften
-from trocar_engines.training.sampling import ClipSamples, Mix, augment
+from trocar_engines.training.sampling import ClipSamples, Mix, _add_look_alike, _mark, augment
 from trocar_engines.training.store import StoredClip, open_store, render_store
 from trocar_engines.training.train import NaNLossError, Stage, TrainConfig, _Run, train
 
@@ -126,6 +127,19 @@ def test_stopped_training_resumes_to_the_same_weights(tiny_training: TrainConfig
         torch.testing.assert_close(results[1]["network"][name], value, atol=1e-5, rtol=1e-4)
 
 
+def test_only_what_is_named_learns(tiny_training: TrainConfig) -> None:
+    run = _Run(dataclasses.replace(tiny_training, only="semantic_head", mix=Mix(pasted=0.0)))
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    for batch in run.batches():
+        run.advance(batch)
+    changed = {
+        name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {name for name, _ in run.network.semantic_head.named_parameters(prefix="semantic_head")}
+    with pytest.raises(TrocarError, match="no parameter of tiny begins with 'smantic'"):
+        _Run(dataclasses.replace(tiny_training, only="smantic"))
+
+
 def test_nan_loss_stops_with_the_seed_and_writes_nothing(tiny_training: TrainConfig) -> None:
     broken = dataclasses.replace(tiny_training, weights=LossWeights(arl=float("nan")))
     with pytest.raises(NaNLossError, match="step 0, seed 0"):
@@ -141,3 +155,42 @@ def test_log_holds_a_line_per_report(tiny_training: TrainConfig, monkeypatch: py
     assert [line["step"] for line in lines] == [2, 4]
     assert len(reports) == 2
     assert weights.exists()
+
+
+def test_some_clips_look_away_and_show_none_of_their_objects() -> None:
+    samples = ClipSamples([stored()], [], frames=4, objects=1, size_px=64, mix=Mix(pasted=0.0), count=60)
+    shown = torch.stack([samples[index].masks[0].flatten(1).any(dim=1) for index in range(60)])
+    assert shown[:, 0].all(), "the prompted frame always shows the object"
+    hidden = (~shown).any(dim=1).float().mean()
+    assert 0.1 < hidden < 0.5
+    assert (shown[:, -1] & ~shown[:, 2]).any(), "some objects come back"
+
+
+def test_look_alikes_never_are_the_object_and_leave_most_of_it_on_the_first_frame() -> None:
+    rng = np.random.default_rng(3)
+    changed_frames = 0
+    for seed in range(30):
+        clip = stored().pixels
+        clip[..., :3] = seed
+        truth = clip[..., 3].copy()
+        clip[3:, :, :, 3] = 0
+        before = clip.copy()
+        _add_look_alike(rng, clip)
+        assert set(np.unique(clip[..., 3])) <= {0, 1}
+        assert not (clip[..., 3] > before[..., 3]).any(), "a copy is background"
+        assert np.count_nonzero(clip[0, :, :, 3]) >= 0.6 * np.count_nonzero(truth[0])
+        changed_frames += int((clip[..., :3] != before[..., :3]).any(axis=(1, 2, 3)).sum())
+    # An object that is away is copied with a mark only, so that its absence can be told.
+    assert changed_frames > 60
+
+
+def test_marks_change_the_copy_alone() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        cut_out = np.full((64, 64, 4), 100, dtype=np.uint8)
+        cut_out[..., 3] = disc(64, 30, 30, 20) * 255
+        marked = cut_out.copy()
+        _mark(rng, marked)
+        inside = marked[disc(64, 30, 30, 20)][:, :3].astype(int)
+        assert np.abs(inside - 100).max() > 5
+        assert (marked[..., 3] == cut_out[..., 3]).all()

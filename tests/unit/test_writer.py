@@ -197,3 +197,22 @@ def test_label_tells_the_state_of_an_object_that_is_not_visible() -> None:
 def test_colours_stand_out_on_red_tissue() -> None:
     tissue = np.array([170, 50, 45])
     assert all(np.abs(np.array(color) - tissue).max() > 85 for color in COLORS)
+
+
+def test_coco_names_objects_as_people_do_and_its_runs_give_the_mask_back(tmp_path: Path) -> None:
+    seen, gone = tracked(3, slice(10, 20), slice(30, 45)), tracked(4, slice(0, 0), slice(0, 0))
+    unnamed = tracked(5, slice(0, 2), slice(0, 1))
+    with ResultWriter(tmp_path / "out", HEADER, coco_names={3: "left hook"}) as writer:
+        writer.add(None, frame_id=0, pts=0, rgb=np.zeros((HEIGHT_PX, WIDTH_PX, 3), np.uint8))
+        writer.add(result(1, seen, gone, unnamed), frame_id=1, pts=1, rgb=None)
+        writer.commit({})
+    coco = json.loads((tmp_path / "out" / "coco.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == ["masks/00000.png", "masks/00001.png"]
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    found = [(one["track_id"], names[one["category_id"]], one["image_id"]) for one in coco["annotations"]]
+    assert found == [(3, "left hook", 2), (5, "hook", 2)]
+    annotation = coco["annotations"][0]
+    assert (annotation["bbox"], annotation["area"]) == ([30, 10, 15, 10], 150)
+    counts = annotation["segmentation"]["counts"]
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    assert np.array_equal(flat.reshape((HEIGHT_PX, WIDTH_PX), order="F"), seen.mask)

@@ -80,6 +80,18 @@ class Call:
             responses.append(response)
         return responses
 
+    async def read_until_failure(self) -> list[pb.TrackResponse]:
+        """Everything up to the call's failure."""
+        responses = []
+        try:
+            while isinstance(
+                response := await asyncio.wait_for(self._call.read(), TIMEOUT_S), pb.TrackResponse
+            ):
+                responses.append(response)
+        except aio.AioRpcError:
+            return responses
+        raise AssertionError("the call went well")
+
     async def read_failure(self) -> tuple[grpc.StatusCode, str]:
         """Read until the call fails."""
         try:
@@ -99,6 +111,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def results_of(responses: Sequence[pb.TrackResponse]) -> list[pb.FrameResult]:
     return [one.frame_result for one in responses if one.WhichOneof("response") == "frame_result"]
+
+
+def accepted_of(responses: Sequence[pb.TrackResponse]) -> list[pb.PromptAccepted]:
+    return [one.prompt_accepted for one in responses if one.HasField("prompt_accepted")]
 
 
 def warnings_of(responses: Sequence[pb.TrackResponse]) -> list[pb.StreamWarning]:

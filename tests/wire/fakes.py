@@ -11,7 +11,8 @@ import numpy as np
 
 from trocar_engines.errors import (
     CapacityError,
-    InvalidPromptError,
+    CheckpointError,
+    FrameNotKeptError,
     StreamLimitError,
     UnknownModelError,
     UnknownObjectError,
@@ -28,6 +29,8 @@ from trocar_engines.masklets import (
 
 INPUT_SIZE_PX = 64
 COLOR_DISTANCE = 80
+BROKEN_MODEL = "fake-broken"
+"""Has a card, but weights that do not fit."""
 
 
 def resize_linear(rgb: UInt8Array, size: int) -> UInt8Array:
@@ -44,6 +47,12 @@ class FakeCard:
     runtime: str = "fake"
     classes: tuple[str, ...] = ("grasper",)
     policies: tuple[str, ...] = ("vanilla", "fifo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeRows:
+    in_use: int
+    total: int = 64
 
 
 @dataclass(eq=False)
@@ -64,6 +73,7 @@ class FakeStream:
     is_closed: bool = False
     colors: dict[int, UInt8Array] = field(default_factory=dict)
     pictures: "deque[Picture]" = field(default_factory=lambda: deque(maxlen=32))
+    pinned: Picture | None = None
     tracked_ids: list[int] = field(default_factory=list)
     most_waiting: int = 0
 
@@ -83,6 +93,11 @@ class FakeStream:
     def prompt(self, prompt: Prompt) -> "Future[PromptOutcome]":
         future: Future[PromptOutcome] = Future()
         self.scheduler.submit(self, future, lambda: self._prompt(prompt))
+        return future
+
+    def pin(self, frame_id: int) -> "Future[int]":
+        future: Future[int] = Future()
+        self.scheduler.submit(self, future, lambda: self._pin(frame_id))
         return future
 
     def remove_object(self, object_id: int) -> "Future[None]":
@@ -108,15 +123,24 @@ class FakeStream:
         )
 
     def _prompt(self, prompt: Prompt) -> PromptOutcome:
-        picture = next((one for one in self.pictures if one.frame_id == prompt.frame_id), None)
-        if picture is None:
-            raise InvalidPromptError(f"frame {prompt.frame_id} is not kept: prompt on a recent frame")
+        picture = self._find_picture(prompt.frame_id)
         if prompt.object_id not in self.colors and len(self.colors) >= self.max_objects:
             raise CapacityError(f"{len(self.colors)} objects are tracked, as many as allowed: remove one")
         x, y = _find_place(prompt)
         column, row = int(x * INPUT_SIZE_PX / picture.width_px), int(y * INPUT_SIZE_PX / picture.height_px)
         self.colors[prompt.object_id] = picture.pixels[row, column]
         return PromptOutcome(frame_id=prompt.frame_id, masklet=self._segment(prompt.object_id, picture))
+
+    def _pin(self, frame_id: int) -> int:
+        self.pinned = self._find_picture(frame_id)
+        return self.pinned.frame_id
+
+    def _find_picture(self, frame_id: int) -> Picture:
+        if self.pinned is not None and self.pinned.frame_id == frame_id:
+            return self.pinned
+        if not self.pictures or frame_id < self.pictures[0].frame_id:
+            raise FrameNotKeptError(f"frame {frame_id} is not kept: prompt on a recent frame")
+        return min(self.pictures, key=lambda picture: abs(picture.frame_id - frame_id))
 
     def _remove(self, object_id: int) -> None:
         if object_id not in self.colors:
@@ -149,6 +173,9 @@ class FakeScheduler:
     def __init__(self, *, max_streams: int = 64) -> None:
         self.is_healthy = True
         self.is_warm = False
+        self.is_answering = True
+        self.probes = 0
+        self.busy_s = 0.0
         self.max_streams = max_streams
         self.streams: list[FakeStream] = []
         self.jobs: list[tuple[FakeStream, _Job]] = []
@@ -161,6 +188,10 @@ class FakeScheduler:
 
     def open_stream(self, *, model: str, memory: str | None, is_live: bool, max_objects: int) -> FakeStream:
         self.model_card(model)
+        if model == BROKEN_MODEL:
+            raise CheckpointError(
+                "broken.pt: missing keys: memory_attention.norm; unexpected keys: head.bias"
+            )
         if len(self.streams) >= self.max_streams:
             raise StreamLimitError(f"{self.max_streams} streams are open")
         stream = FakeStream(self, is_live, max_objects)
@@ -168,7 +199,7 @@ class FakeScheduler:
         return stream
 
     def model_card(self, model: str) -> FakeCard:
-        if model not in self.model_names:
+        if model not in (*self.model_names, BROKEN_MODEL):
             raise UnknownModelError(
                 f"model {model!r} is unknown: expected one of {', '.join(self.model_names)}"
             )
@@ -176,6 +207,15 @@ class FakeScheduler:
 
     def warm_up(self) -> None:
         self.is_warm = True
+
+    def memory_rows(self) -> dict[str, FakeRows]:
+        rows = sum(len(stream.colors) for stream in self.streams)
+        return {self.default_model: FakeRows(in_use=rows)}
+
+    def probe(self, model: str, timeout_s: float) -> None:
+        self.probes += 1
+        if not self.is_answering:
+            raise TimeoutError
 
     def close(self) -> None:
         with self.changed:
@@ -187,7 +227,7 @@ class FakeScheduler:
     def submit(
         self,
         stream: FakeStream,
-        future: "Future[FrameMasklets] | Future[PromptOutcome] | Future[None]",
+        future: "Future[FrameMasklets] | Future[PromptOutcome] | Future[int] | Future[None]",
         compute: Callable[[], object],
         picture: Picture | None = None,
     ) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -5,6 +6,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from trocar.server import MOST_STATUS_BYTES
 from trocar.v1 import tracking_pb2 as pb
 from wire.calls import (
     RED_POINT,
@@ -16,6 +18,7 @@ from wire.calls import (
     warnings_of,
 )
 from wire.clips import HEIGHT_PX, WIDTH_PX, draw_frames, encode_clip, encode_jpeg
+from wire.fakes import BROKEN_MODEL
 
 H264 = pb.VIDEO_CODEC_H264_ANNEX_B
 
@@ -51,6 +54,31 @@ async def test_empty_request_is_refused(call: Call) -> None:
     await assert_refused(call, "empty TrackRequest")
 
 
+@pytest.mark.parametrize("before", [[], [pb.OpenStream(video=pb.VideoFormat(codec=H264))]])
+async def test_bytes_that_are_no_message_are_refused(
+    channel: aio.Channel, before: list[pb.OpenStream], caplog: pytest.LogCaptureFixture
+) -> None:
+    call = channel.stream_stream("/trocar.v1.TrackingService/Track")()  # type: ignore[call-arg]
+    for message in before:
+        await call.write(pb.TrackRequest(open_stream=message).SerializeToString())
+    await call.write(b"\xff\xff\xff")
+    with contextlib.suppress(aio.AioRpcError):
+        while isinstance(await call.read(), bytes):
+            pass
+    assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "no TrackRequest" in (await call.details() or "")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "method", ["/trocar.v1.TrackingService/GetServerInfo", "/grpc.health.v1.Health/Check"]
+)
+async def test_question_that_is_no_message_is_refused(channel: aio.Channel, method: str) -> None:
+    with pytest.raises(aio.AioRpcError) as failure:
+        await channel.unary_unary(method, None, None)(b"\xff\xff\xff")
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -74,6 +102,15 @@ async def test_senseless_open_stream_is_refused(call: Call, message: pb.OpenStre
     await assert_refused(call, *words)
 
 
+async def test_endless_name_is_refused_in_a_short_message(call: Call) -> None:
+    message = pb.OpenStream(model="x" * 70_000, video=pb.VideoFormat(codec=H264))
+    await call.write(pb.TrackRequest(open_stream=message))
+    code, details = await call.read_failure()
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "xxxx" in details, "the refusal names what it refuses"
+    assert len(details.encode()) <= MOST_STATUS_BYTES, "a status beyond 8 KiB never reaches the client"
+
+
 async def test_unknown_model_is_a_failed_precondition(call: Call) -> None:
     message = pb.OpenStream(model="sam9", video=pb.VideoFormat(codec=H264))
     await call.write(pb.TrackRequest(open_stream=message))
@@ -81,6 +118,15 @@ async def test_unknown_model_is_a_failed_precondition(call: Call) -> None:
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "sam9" in details
     assert "fake-nano" in details
+
+
+async def test_checkpoint_that_does_not_fit_is_a_failed_precondition_that_lists_the_keys(call: Call) -> None:
+    message = pb.OpenStream(model=BROKEN_MODEL, video=pb.VideoFormat(codec=H264))
+    await call.write(pb.TrackRequest(open_stream=message))
+    code, details = await call.read_failure()
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "missing keys: memory_attention.norm" in details
+    assert "unexpected keys: head.bias" in details
 
 
 @pytest.mark.parametrize("second_id", [4, 3])
@@ -246,9 +292,10 @@ INVALID, UNKNOWN = pb.REJECTION_REASON_INVALID_PROMPT, pb.REJECTION_REASON_UNKNO
         (pb.Prompt(object_id=2), INVALID, ["empty"]),
         (pb.Prompt(object_id=2, points=[RED_POINT], mask=pb.Mask()), INVALID, ["mask together"]),
         (pb.Prompt(object_id=2, points=[RED_POINT] * 300), INVALID, ["300 points"]),
+        (pb.Prompt(object_id=2, points=[RED_POINT], mode=9), INVALID, ["mode 9"]),  # type: ignore[arg-type]
         (pb.Prompt(object_id=0, points=[RED_POINT]), INVALID, ["object_id 0"]),
         (pb.Prompt(object_id=65_536, points=[RED_POINT]), INVALID, ["65536", "65535"]),
-        (pb.Prompt(object_id=2, frame_id=77, points=[RED_POINT]), UNKNOWN, ["frame 77", "0 to 0"]),
+        (pb.Prompt(object_id=2, frame_id=77, points=[RED_POINT]), UNKNOWN, ["frame 77", "never came"]),
     ],
 )
 async def test_bad_prompt_is_rejected_with_its_reason_and_disturbs_nothing(
@@ -269,12 +316,12 @@ async def test_bad_prompt_is_rejected_with_its_reason_and_disturbs_nothing(
     assert [masklet.object_id for masklet in results_of(responses)[1].masklets] == [1]
 
 
-async def test_prompt_before_any_frame_is_rejected(call: Call) -> None:
+async def test_prompt_without_any_frame_is_rejected(call: Call) -> None:
     await call.open()
     await call.prompt_red(0)
     (rejection,) = rejections_of(await call.read_rest())
     assert rejection.reason == UNKNOWN
-    assert "send frames before prompts" in rejection.message
+    assert "frame 0 never came" in rejection.message
 
 
 async def test_object_beyond_the_limit_is_rejected_for_capacity(call: Call) -> None:

@@ -11,7 +11,9 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from trocar.cli import EngineOptions, main
 from trocar.local import LocalServer
@@ -190,6 +192,8 @@ def test_camera_is_recorded_until_it_hangs_up(
 
 
 def test_recording_that_is_interrupted_is_complete_up_to_there(tmp_path: Path) -> None:
+    # A shell that starts us in the background has us ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     packets = encode_clip(draw_frames(50) * 20, keyframe_interval=10)
 
     def interrupt() -> None:
@@ -202,7 +206,23 @@ def test_recording_that_is_interrupted_is_complete_up_to_there(tmp_path: Path) -
         timer.join()
     frames = json.loads((tmp_path / "out" / "result.json").read_text())["frames"]
     assert 10 < len(frames) < 1000
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_damaged_video_is_tracked_to_its_end_and_tells_what_not_to_trust(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packets = encode_clip(draw_frames(FRAMES), keyframe_interval=10)
+    packets[4] = packets[4][: len(packets[4]) // 3]
+    (tmp_path / "clip.h264").write_bytes(b"".join(packets))
+    out = tmp_path / "out"
+    assert run("track", str(tmp_path / "clip.h264"), "--point", ON_DISC, "--out", str(out)) == 0
+    captured = capsys.readouterr()
+    line = json.loads(captured.out.splitlines()[-1])
+    assert (line["frames"], line["lost"], line["untrusted"]) == (FRAMES, 0, 6)
+    assert "frame 4" in captured.err
+    frames = json.loads((out / "result.json").read_text())["frames"]
+    assert [one["frame_id"] for one in frames if not one["is_trusted"]] == list(range(4, 10))
 
 
 # Expected failures: one line on stderr, exit code 2, nothing that looks complete
@@ -332,3 +352,17 @@ def test_unknown_model_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) 
     assert "sam2s-nano" in capsys.readouterr().err
     assert run("models", "list") == 0
     assert "(default)" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_one_line_that_lists_the_keys(
+    clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "other.safetensors"
+    save_file({"stranger": torch.zeros(1)}, weights)
+    arguments = ["track", clip, "--point", ON_DISC, "--out", str(tmp_path / "out"), "--weights", str(weights)]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    for word in ("other.safetensors", "missing", "unexpected", "stranger"):
+        assert word in line
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,9 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from fractions import Fraction
 
+import av
 import pytest
 
 from trocar.client import AsyncStream, Client, connect, connect_async
@@ -20,7 +22,7 @@ from trocar.errors import ConnectionFailedError
 from trocar.local import LocalServer
 from trocar.server import TrackingServer
 from trocar_engines.masklets import Prompt
-from wire.clips import draw_frames, encode_clip
+from wire.clips import HEIGHT_PX, WIDTH_PX, draw_frame, draw_frames, encode_clip
 from wire.fakes import FakeScheduler, resize_linear
 
 EVERY = StreamOptions(codec=Codec.H264, is_live=False)
@@ -151,3 +153,40 @@ def test_absent_server_is_a_clear_error() -> None:
 async def test_absent_server_is_a_clear_error_for_the_asynchronous_face() -> None:
     with pytest.raises(ConnectionFailedError, match="trocar serve"):
         await connect_async("127.0.0.1:1", timeout_s=0.2)
+
+
+class LiveEncoder:
+    """A camera's encoder: no keyframe after the first unless it is asked for one."""
+
+    def __init__(self) -> None:
+        context = av.CodecContext.create("libx264", "w")
+        assert isinstance(context, av.VideoCodecContext)
+        context.width, context.height, context.pix_fmt = WIDTH_PX, HEIGHT_PX, "yuv420p"
+        context.time_base = Fraction(1, 30)
+        context.gop_size = 10_000
+        context.options = {"preset": "ultrafast", "tune": "zerolatency"}
+        self._context, self._frames = context, 0
+        self.wants_keyframe = threading.Event()
+
+    def encode(self) -> bytes:
+        picture = av.VideoFrame.from_ndarray(draw_frame(self._frames), format="rgb24")
+        picture.pts, self._frames = self._frames, self._frames + 1
+        if self.wants_keyframe.is_set():
+            picture.pict_type = av.video.frame.PictureType.I
+            self.wants_keyframe.clear()
+        (packet,) = self._context.encode(picture)
+        return bytes(packet)
+
+
+def test_encoder_that_answers_a_keyframe_request_is_trusted_again(client: Client) -> None:
+    encoder = LiveEncoder()
+    trusted: list[bool] = []
+    with client.open_stream(EVERY, on_keyframe_wanted=lambda _: encoder.wants_keyframe.set()) as stream:
+        events = iter(stream)
+        for frame_id in range(12):
+            payload = encoder.encode()
+            if frame_id == 5:
+                continue  # lost on the way
+            stream.send(Frame(payload=payload, frame_id=frame_id))
+            trusted.append(next(event for event in events if isinstance(event, Result)).is_trusted)
+    assert trusted == [*[True] * 5, False, *[True] * 5], "frame 6 tells of the gap, frame 7 is the keyframe"

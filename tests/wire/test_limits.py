@@ -2,9 +2,11 @@ import asyncio
 import resource
 import sys
 import threading
+import time
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +17,7 @@ from trocar.errors import ConfigError
 from trocar.server import TrackingServer
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
-from wire.calls import Call, accounted_ids, results_of, until, warnings_of
+from wire.calls import Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
 from wire.clips import draw_frames, encode_clip, encode_jpeg
 from wire.fakes import FakeScheduler, resize_linear
 
@@ -35,6 +37,39 @@ async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
     await Call(channel).open()
     for call in calls:
         call.cancel()
+
+
+async def test_calls_that_say_nothing_hold_no_place(channel: aio.Channel, scheduler: FakeScheduler) -> None:
+    silent = [pb_grpc.TrackingServiceStub(channel).Track() for _ in range(32)]  # type: ignore[call-arg]
+    for one in silent:
+        await one.wait_for_connection()
+    calls = [Call(channel) for _ in range(8)]
+    for call in calls:
+        await call.open()
+    assert len(scheduler.streams) == 8
+    for one in silent:
+        one.cancel()
+    for call in calls:
+        call.cancel()
+
+
+async def test_live_stream_is_read_no_faster_than_its_rate(scheduler: FakeScheduler) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_requests_per_s=40, shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    payload = encode_jpeg(draw_frames(1)[0])
+    async with aio.insecure_channel(server.address) as channel:
+        began_s = time.monotonic()
+        live, recorded = Call(channel), Call(channel)
+        await recorded.open(pb.VIDEO_CODEC_JPEG)
+        await recorded.frames([payload] * 80)
+        assert len(results_of(await recorded.read_rest())) == 80
+        await live.open(pb.VIDEO_CODEC_JPEG, delivery=pb.DELIVERY_LATEST)
+        await live.frames([payload] * 80)
+        assert accounted_ids(await live.read_rest()) == list(range(80))
+        assert time.monotonic() - began_s > 0.95, "40 at once, and 40 in a second"
+    await server.stop()
 
 
 async def test_vanished_client_frees_its_stream_while_frames_are_being_tracked(
@@ -116,6 +151,72 @@ async def test_live_stream_whose_decoding_falls_behind_skips_to_a_keyframe(
     assert all(result.is_trusted for result in results_of(responses))
 
 
+@pytest.mark.parametrize(("longest_silence_s", "tracked"), [(1e9, {0, 8, 9, 10, 11}), (0.0, set(range(12)))])
+async def test_live_stream_that_lags_decodes_without_tracking_until_it_has_caught_up_or_is_silent(
+    scheduler: FakeScheduler,
+    config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    longest_silence_s: float,
+    tracked: set[int],
+) -> None:
+    monkeypatch.setattr("trocar.session.LONGEST_SILENCE_S", longest_silence_s)
+    held = threading.Event()
+    resized = 0
+
+    def resize_when_released(rgb, size):  # type: ignore[no-untyped-def]
+        nonlocal resized
+        resized += 1
+        held.wait(10)
+        return resize_linear(rgb, size)
+
+    server = TrackingServer(config, scheduler, resize_when_released)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open(delivery=pb.DELIVERY_LATEST)
+        await call.frames(encode_clip(draw_frames(12), keyframe_interval=12))
+        await asyncio.sleep(0.2)
+        held.set()
+        responses = await call.read_rest()
+    await server.stop()
+    assert resized == len(tracked)
+    assert {result.frame_id for result in results_of(responses)} <= tracked
+    assert results_of(responses)[-1].frame_id == 11
+    assert accounted_ids(responses) == list(range(12))
+    assert all(result.is_trusted for result in results_of(responses)), "they were decoded"
+
+
+async def test_skipping_goes_on_until_a_keyframe_comes_and_asks_for_one(scheduler: FakeScheduler) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_waiting_packets=4, shutdown_grace_s=0.1)
+    held = threading.Event()
+
+    def resize_when_released(rgb, size):  # type: ignore[no-untyped-def]
+        held.wait(10)
+        return resize_linear(rgb, size)
+
+    server = TrackingServer(config, scheduler, resize_when_released)
+    await server.start()
+    await server.warm_up()
+    packets = encode_clip(draw_frames(24), keyframe_interval=20)
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open(delivery=pb.DELIVERY_LATEST)
+        await call.frames(packets[:12])
+        await asyncio.sleep(0.2)
+        held.set()
+        first = await call.read_result()
+        await call.frames(packets[12:], first_id=12)
+        responses = await call.read_rest()
+    await server.stop()
+    assert first.frame_id == 0
+    skipped = [one for one in warnings_of(responses) if one.reason == pb.WARNING_REASON_PACKETS_SKIPPED]
+    assert [lost for one in skipped for lost in one.lost_frame_ids] == list(range(1, 20))
+    assert count_keyframe_requests(responses) == 1
+    assert accounted_ids(responses) == list(range(1, 24))
+    assert all(result.is_trusted for result in results_of(responses))
+
+
 async def test_live_jpeg_stream_that_falls_behind_only_drops(scheduler: FakeScheduler, call: Call) -> None:
     payload = encode_jpeg(draw_frames(1)[0])
     await call.open(pb.VIDEO_CODEC_JPEG, delivery=pb.DELIVERY_LATEST)
@@ -142,6 +243,26 @@ async def test_message_beyond_the_limit_ends_the_stream(scheduler: FakeScheduler
         assert (await call.read_failure())[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
     await until(lambda: not scheduler.streams)
     await server.stop()
+
+
+async def test_picture_beyond_the_limit_is_lost_with_a_warning_and_the_stream_goes_on(
+    scheduler: FakeScheduler,
+) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_picture_pixels=160 * 120, shutdown_grace_s=0.1)
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    small = draw_frames(1)[0]
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open(pb.VIDEO_CODEC_JPEG)
+        await call.frames([encode_jpeg(small), encode_jpeg(np.tile(small, (2, 2, 1))), encode_jpeg(small)])
+        responses = await call.read_rest()
+    await server.stop()
+    assert [result.frame_id for result in results_of(responses)] == [0, 2]
+    (warning,) = warnings_of(responses)
+    assert list(warning.lost_frame_ids) == [1]
+    assert "the picture has 320x240, expected at most 19200" in warning.message
 
 
 async def test_health_serves_only_after_warm_up(scheduler: FakeScheduler, config: ServerConfig) -> None:

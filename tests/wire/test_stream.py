@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trocar.v1 import tracking_pb2 as pb
-from wire.calls import Call, accounted_ids, rejections_of, results_of, until, warnings_of
+from wire.calls import Call, accepted_of, accounted_ids, rejections_of, results_of, until, warnings_of
 from wire.clips import (
     DISC_RADIUS_PX,
     HEIGHT_PX,
@@ -172,11 +172,52 @@ async def test_reset_forgets_all_objects(call: Call) -> None:
     assert not results_of(await call.read_rest())[1].masklets
 
 
-async def test_pinned_frame_is_answered_as_unsupported(call: Call) -> None:
+async def test_pinned_frame_takes_a_prompt_when_its_neighbours_are_gone(call: Call) -> None:
+    packets = encode_clip(draw_frames(40))
     await call.open()
+    await call.frame(0, packets[0])
     await call.write(pb.TrackRequest(pin_frame=pb.PinFrame(frame_id=0)))
+    for frame_id in range(1, 40):
+        await call.frame(frame_id, packets[frame_id])
+    await call.prompt_red(0)
+    responses = await call.read_rest()
+    assert not warnings_of(responses)
+    (accepted,) = accepted_of(responses)
+    assert accepted.frame_id == 0
+
+
+async def test_pinning_a_frame_that_is_gone_is_a_warning(call: Call) -> None:
+    packets = encode_clip(draw_frames(40))
+    await call.open()
+    await call.frames(packets)
+    await call.write(pb.TrackRequest(pin_frame=pb.PinFrame(frame_id=1)))
     (warning,) = warnings_of(await call.read_rest())
-    assert warning.reason == pb.WARNING_REASON_UNSUPPORTED
+    assert warning.reason == pb.WARNING_REASON_UNKNOWN_FRAME
+    assert "frame 1" in warning.message
+
+
+async def test_prompt_that_is_earlier_than_its_frame_waits_for_it(call: Call) -> None:
+    packets = encode_clip(draw_frames(4))
+    await call.open()
+    await call.prompt_red(2)
+    await call.frames(packets)
+    responses = await call.read_rest()
+    (accepted,) = accepted_of(responses)
+    assert accepted.frame_id == 2
+    assert [len(result.masklets) for result in results_of(responses)] == [0, 0, 0, 1]
+
+
+async def test_prompts_for_frames_that_never_come_are_refused(call: Call) -> None:
+    packets = encode_clip(draw_frames(2))
+    await call.open()
+    await call.frames(packets)
+    for number in range(17):
+        await call.prompt_red(100 + number)
+    rejections = rejections_of(await call.read_rest())
+    assert {rejection.reason for rejection in rejections} == {pb.REJECTION_REASON_UNKNOWN_FRAME}
+    assert len(rejections) == 17
+    assert "16 prompts wait" in rejections[0].message
+    assert "frame 100 never came" in rejections[1].message
 
 
 async def test_live_stream_drops_waiting_pictures_for_the_newest_and_reports_them(

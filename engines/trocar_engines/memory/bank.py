@@ -7,12 +7,14 @@ memories chosen for being unlike those already kept. Order of the slots in a row
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from trocar_engines.masklets import Float32Array
-from trocar_engines.memory.diversity import CandidateRun
+from trocar_engines.memory.diversity import Candidate, CandidateRun, redundant_member
 from trocar_engines.memory.pool import CONDITIONING_POINTERS, RECENT_POINTERS, MemoryPool, SlotReads
 from trocar_engines.network.config import NetworkConfig
 
@@ -28,9 +30,11 @@ class MemoryPolicy(enum.Enum):
     """Who is remembered."""
 
     VANILLA = "vanilla"
-    """SAM 2: conditioning and recent frames, whatever they show."""
+    """SAM 2's predictor to the letter: conditioning and recent frames, whatever they show."""
     FIFO = "fifo"
     """DiveMem as published: long-term memories leave in order of age; bad frames are not remembered."""
+    SPREAD = "spread"
+    """DiveMem for streams without end: the memory that says least leaves, so that four slots span hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +75,35 @@ class BankConfig:
 
 @dataclass(kw_only=True)
 class Ring:
-    """A range of slots that is filled in order and then overwrites its oldest.
+    """A range of slots that is filled in order of time and then overwrites its oldest.
 
     Args:
         first: its first slot.
         size: how many slots.
-        written: how many were ever written.
+        times: when each filled slot was written, oldest first; slot to time in any unit.
     """
 
     first: int
     size: int
-    written: int = 0
+    times: dict[int, float] = field(default_factory=dict)
 
-    def next_slot(self) -> int:
+    def next_slot(self, time: float) -> int:
         """The slot to write now."""
-        slot = self.first + self.written % self.size
-        self.written += 1
+        if len(self.times) == self.size:
+            slot = next(iter(self.times))
+            del self.times[slot]
+        else:
+            slot = next(slot for slot in range(self.first, self.first + self.size) if slot not in self.times)
+        self.times[slot] = time
         return slot
 
     def filled(self) -> list[int]:
         """Filled slots, oldest first."""
-        count = min(self.written, self.size)
-        return [self.first + (self.written - count + index) % self.size for index in range(count)]
+        return list(self.times)
+
+    def discard_from(self, time: float) -> None:
+        """Empty what was written at `time` or later."""
+        self.times = {slot: written for slot, written in self.times.items() if written < time}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,17 +158,20 @@ class MemoryBank:
         self.latest_slot = 0
         self.holds_absence = False
         self.area = 0.0
-        self._pointer_frames: dict[int, int] = {}
+        self._conditioning_frame = 0
+        self._conditioning_summary: Float32Array | None = None
         self._recent_pointers = Ring(first=CONDITIONING_POINTERS, size=RECENT_POINTERS)
+        self._pointer_frames: dict[int, int] = {}
+        self._members: dict[int, Candidate] = {}
         self.run = CandidateRun(self.config.candidate_run, self.config.candidate_interval_s)
 
     def release(self) -> None:
         """Give the row back; the bank must not be used again."""
         self.pool.release(self.row)
 
-    def advance(self) -> None:
-        """Count a frame; ages of pointers and recent memories grow by one."""
-        self.frame += 1
+    def advance(self, frames: int = 1) -> None:
+        """Count frames; the ages of pointers grow."""
+        self.frame += frames
 
     def reads(self) -> SlotReads:
         """What the current frame attends to.
@@ -174,15 +188,20 @@ class MemoryBank:
             *[self.long_term_time] * len(long_term),
             *[self.correction_time] * len(corrections),
         ]
-        pointers = list(self._pointer_frames)
-        ages = [self.frame - frame for frame in self._pointer_frames.values()]
+        # A frame that a person corrected tells better what the object is than the one it began on. With
+        # slot 0 here a drifted object drifts again at once: J&F 55 after a correction, 83 with this.
+        told = corrections[-1] if corrections else 0
+        pointers = [0, *self._recent_pointers.filled()]
+        written = [self._conditioning_frame, *(self._pointer_frames[slot] for slot in pointers[1:])]
+        ages = [self.frame - frame for frame in written]
         return SlotReads(
             slots=[0, *recent, *long_term, *corrections],
             times=times,
             pointers=pointers,
-            # A conditioning frame's age grows without bound on a live stream; training saw at most 15.
-            pointer_ages=[min(age, RECENT_POINTERS) for age in ages],
-            prototypes=(0, self.latest_slot),
+            # A conditioning frame's age grows without bound on a live stream; training saw at most 15. SAM 2
+            # lets it grow.
+            pointer_ages=ages if self._is_vanilla else [min(age, RECENT_POINTERS) for age in ages],
+            prototypes=(told, long_term[-1] if long_term else told, self.latest_slot),
         )
 
     def condition(self, summary: Float32Array, area: int) -> int:
@@ -193,21 +212,39 @@ class MemoryBank:
         self.is_conditioned = True
         self.area = float(area)
         self.run.start_anew(summary)
-        self._pointer_frames[0] = frame
+        self._conditioning_frame, self._conditioning_summary = frame, summary
         return 0
 
-    def correct(self, area: int) -> int:
+    def correct(self, area: int, time_s: float) -> int:
         """Slot for a frame that was corrected by a prompt."""
         self.area = float(area)
         self.holds_absence = False
-        self.latest_slot = self.corrections.next_slot()
+        self.latest_slot = self.corrections.next_slot(time_s)
         return self.latest_slot
+
+    def roll_back(self, time_s: float, frame: int | None) -> None:
+        """Forget what was remembered at `time_s` or later; the conditioning frame stays.
+
+        Args:
+            time_s: presentation time of the frame that turned out wrong.
+            frame: the value of `self.frame` then; None, for a frame that the object skipped while it caught
+                up, takes the one after what is still remembered.
+        """
+        assert self._conditioning_summary is not None
+        for ring in (self.recent, self.long_term, self.corrections, self._recent_pointers):
+            ring.discard_from(time_s)
+        kept_frames = [self._pointer_frames[slot] for slot in self._recent_pointers.filled()]
+        self.frame = max([self._conditioning_frame, *kept_frames]) + 1 if frame is None else frame
+        self._members = {slot: self._members[slot] for slot in self.long_term.filled()}
+        kept = [member.summary for member in self._members.values()]
+        self.run.start_anew(kept[-1] if kept else self._conditioning_summary)
+        self.latest_slot, self.holds_absence = 0, False
 
     def choose_slot(self, facts: FrameFacts) -> int | None:
         """Slot for a tracked frame, None if it is not worth remembering."""
         if not facts.is_trusted:
             return None
-        if self.config.policy is MemoryPolicy.FIFO:
+        if self.config.policy is not MemoryPolicy.VANILLA:
             if not facts.is_present and self.holds_absence:
                 return None  # one absence says it; six would flush what is known of the object
             if facts.is_present and self._is_mistake(facts):
@@ -215,9 +252,22 @@ class MemoryBank:
         self.holds_absence = not facts.is_present
         if facts.is_present:
             self.area = AREA_MEMORY * self.area + (1 - AREA_MEMORY) * facts.area
-            self.latest_slot = self.recent.next_slot()
+            self.latest_slot = self.recent.next_slot(facts.time_s)
             return self.latest_slot
-        return self.recent.next_slot()
+        return self.recent.next_slot(facts.time_s)
+
+    def write(self, slot: int, spatial: Tensor, prototypes: Tensor) -> None:
+        """Copy one memory, [C_mem, h, w] and [dim + 4, N], into a slot.
+
+        Under `vanilla` spatial memory is rounded to bfloat16, as SAM 2's predictor stores it on any device.
+        """
+        if self._is_vanilla:
+            spatial = spatial.to(torch.bfloat16)
+        self.pool.write(self.row, slot, spatial, prototypes)
+
+    @property
+    def _is_vanilla(self) -> bool:
+        return self.config.policy is MemoryPolicy.VANILLA
 
     def _is_mistake(self, facts: FrameFacts) -> bool:
         if facts.predicted_iou >= self.config.low_iou:
@@ -225,16 +275,15 @@ class MemoryBank:
         ratio = facts.area / max(self.area, 1.0)
         return ratio > EXPLODED or ratio < VANISHED
 
-    def pointer_slot(self) -> int:
+    def pointer_slot(self, time_s: float) -> int:
         """Where the pointer of the frame just remembered goes."""
-        slot = self._recent_pointers.next_slot()
-        self._pointer_frames.pop(slot, None)
+        slot = self._recent_pointers.next_slot(time_s)
         self._pointer_frames[slot] = self.frame
         return slot
 
     def consider(self, facts: FrameFacts, slot: int | None) -> None:
         """Offer the frame just written to `slot` as a long-term memory; may copy slots within the row."""
-        if self.config.policy is not MemoryPolicy.FIFO or not self.config.long_term_slots:
+        if self.config.policy is MemoryPolicy.VANILLA or not self.config.long_term_slots:
             return
         is_candidate = (
             slot is not None and facts.is_present and facts.predicted_iou > self.config.candidate_iou
@@ -243,11 +292,29 @@ class MemoryBank:
             self.run.break_off(facts.time_s)
             return
         assert slot is not None
-        verdict = self.run.offer(facts.summary, facts.time_s)
+        verdict = self.run.offer(
+            Candidate(summary=facts.summary, predicted_iou=facts.predicted_iou, time_s=facts.time_s)
+        )
         if verdict.is_best_so_far:
             self.pool.copy_slot(self.row, slot, self.config.staging_slot)
-        if verdict.is_complete:
-            self.pool.copy_slot(self.row, self.config.staging_slot, self.long_term.next_slot())
+        if verdict.elected is not None:
+            self._admit(verdict.elected)
+
+    def _admit(self, elected: Candidate) -> None:
+        """Move the staged memory to a long-term slot, unless the policy finds it redundant."""
+        members = list(self._members.values())
+        if self.config.policy is MemoryPolicy.SPREAD and len(members) == self.config.long_term_slots:
+            assert self._conditioning_summary is not None
+            redundant = redundant_member([*members, elected], self._conditioning_summary)
+            if redundant == len(members):
+                return
+            slot = list(self._members)[redundant]
+            del self.long_term.times[slot]
+        target = self.long_term.next_slot(elected.time_s)
+        self._members.pop(target, None)
+        self._members[target] = elected
+        self.pool.copy_slot(self.row, self.config.staging_slot, target)
+        self.run.keep(elected)
 
 
 def mask_area(mask_logits: Float32Array) -> int:

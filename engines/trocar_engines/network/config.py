@@ -59,6 +59,8 @@ class NetworkConfig:
         memory_layers: layers of memory attention.
         memory_mlp: hidden width of memory attention's feed-forward part.
         memory_fuser_layers: ConvNeXt blocks of the memory encoder.
+        memory_stride: stride of the spatial memory that is kept; 16 is SAM 2's. At 32 every memory token is
+            the mean of 2x2, a quarter of the keys to attend to.
         memory_mask_stride: what the memory encoder's mask branch reduces by: 16 reads the mask at input
             size as SAM 2 does, 4 reads the decoder's own mask resolution.
         fpn_top_down_levels: pyramid levels that receive top-down features.
@@ -77,6 +79,7 @@ class NetworkConfig:
     memory_layers: int = 4
     memory_mlp: int = 2048
     memory_fuser_layers: int = 2
+    memory_stride: int = 16
     memory_mask_stride: int = 16
     fpn_top_down_levels: tuple[int, ...] = (2, 3)
     decoder_mlp: int = 2048
@@ -98,9 +101,19 @@ class NetworkConfig:
         return self.input_size_px // 16
 
     @property
+    def memory_size(self) -> int:
+        """Side of a spatial memory."""
+        return self.input_size_px // self.memory_stride
+
+    @property
     def mask_size(self) -> int:
         """Side of the decoder's mask logits, stride 4."""
         return self.input_size_px // 4
+
+    @property
+    def prototypes(self) -> int:
+        """Prototypes of a remembered picture, see `readout.AffinityReadout`."""
+        return self.embedding_size**2 * 5 // 4 if self.readout_dim else 0
 
     @property
     def tokens_per_pointer(self) -> int:
@@ -141,6 +154,7 @@ NANO = NetworkConfig(
     memory_layers=1,
     memory_mlp=256,
     memory_fuser_layers=1,
+    memory_stride=32,
     memory_mask_stride=4,
     fpn_top_down_levels=(1, 2, 3),
     decoder_mlp=256,

@@ -19,12 +19,12 @@ from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, Memory
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
-from sam2.modeling.sam2_utils import MLP
+from sam2.modeling.sam2_utils import MLP, LayerNorm2d
 from torch import Tensor, nn
 
 from trocar_engines.network.attention import SlotMemoryAttention, local_attention_start, sine_position
 from trocar_engines.network.config import ConvTrunkConfig, HieraConfig, NetworkConfig
-from trocar_engines.network.decoder import BatchedMaskDecoder
+from trocar_engines.network.decoder import BatchedMaskDecoder, Candidates, draw
 from trocar_engines.network.readout import AffinityReadout
 from trocar_engines.network.semantic import SemanticHead
 from trocar_engines.network.trunk import ConvTrunk
@@ -63,7 +63,7 @@ class MemoryView(NamedTuple):
     """The memory of B objects as the network reads it; K slots and P pointers, some of them empty.
 
     Args:
-        spatial: [B, K, C_mem, h, w].
+        spatial: [B, K, C_mem, h', w'] at the stride of the memory.
         slot_time: int64 [B, K] row of the temporal embedding: 6 conditioning, 5 oldest recent … 0 latest,
             7 long-term, 8 correction (`num_maskmem` and on).
         slot_bias: [B, K], 0 or `HIDDEN_BIAS`.
@@ -105,12 +105,14 @@ class Decoded(NamedTuple):
         predicted_iou: [B], 0 to 1.
         presence_logit: [B]; above 0 the object is in the picture.
         pointer: [B, C] object pointer.
+        class_logits: [B, K]; K = 0 without a semantic head.
     """
 
     mask_logits: Tensor
     predicted_iou: Tensor
     presence_logit: Tensor
     pointer: Tensor
+    class_logits: Tensor
 
 
 class AllMasks(NamedTuple):
@@ -152,6 +154,7 @@ class SAM2S(nn.Module):
             mlp=config.memory_mlp,
             layers=config.memory_layers,
             size=size,
+            memory_stride=config.embedding_size // config.memory_size,
         )
         self.memory_encoder = _memory_encoder(config)
         self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
@@ -170,6 +173,7 @@ class SAM2S(nn.Module):
             mask_in_chans=16,
         )
         self.sam_mask_decoder = BatchedMaskDecoder(
+            has_readout=bool(config.readout_dim),
             num_multimask_outputs=3,
             transformer=TwoWayTransformer(
                 depth=2, embedding_dim=d_model, mlp_dim=config.decoder_mlp, num_heads=config.decoder_heads
@@ -193,17 +197,21 @@ class SAM2S(nn.Module):
             self.readout_presence = nn.Linear(2, 1, bias=False)
             nn.init.zeros_(self.readout_presence.weight)
         if config.classes:
-            self.semantic_head = SemanticHead(d_model=d_model, d_memory=d_memory, classes=config.classes)
+            self.semantic_head = SemanticHead(
+                d_model=d_model, d_memory=d_memory, d_fine=d_model // 4, classes=config.classes
+            )
         picture_position = PositionEmbeddingSine(num_pos_feats=d_model, normalize=True)
         memory_position = PositionEmbeddingSine(num_pos_feats=d_memory, normalize=True)
         grid = torch.zeros(1, 1, size, size)
         self.register_buffer("picture_position", picture_position(grid), persistent=False)
-        self.register_buffer("memory_position", memory_position(grid), persistent=False)
+        pooled = nn.functional.avg_pool2d(memory_position(grid), size // config.memory_size)
+        self.register_buffer("memory_position", pooled, persistent=False)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         self.register_buffer("image_mean", mean, persistent=False)
         self.register_buffer("image_std", std, persistent=False)
         if isinstance(config.trunk, ConvTrunkConfig):
             self._start_small()
+        _fuse_channel_norms(self)
 
     def _start_small(self) -> None:
         """Initial values with which a small network trains from scratch; official weights replace them."""
@@ -221,7 +229,7 @@ class SAM2S(nn.Module):
         Args:
             pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
         """
-        normalised = (pixels.permute(0, 3, 1, 2).float() - self.image_mean) / self.image_std
+        normalised = (pixels.float().permute(0, 3, 1, 2) - self.image_mean) / self.image_std
         stride_4, stride_8, embedding = self.image_encoder(normalised)["backbone_fpn"]
         keys = self.readout.keys(stride_8) if self.config.readout_dim else stride_8[:, :0]
         return ImageFeatures(
@@ -232,7 +240,9 @@ class SAM2S(nn.Module):
         """What takes the place of `attend_memory` on an object's first frame; [B, C, h, w] to the same."""
         return embedding + self.no_mem_embed.view(1, -1, 1, 1)
 
-    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+    def attend_memory(
+        self, embedding: Tensor, memory: MemoryView, *, is_full: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Condition picture embeddings on each object's memory.
 
         SAM 2 (arXiv 2408.00714), section 4, "Memory attention".
@@ -240,45 +250,47 @@ class SAM2S(nn.Module):
         Args:
             embedding: [B, C, h, w].
             memory: of the same B objects.
+            is_full: no slot or pointer is empty; the biases are not read.
 
         Returns:
-            [B, C, h, w] conditioned embedding and [B, K] class logits (K = 0 without a semantic head).
+            [B, C, h, w] conditioned embedding and [B, C] class token (C = 0 without a semantic head).
         """
         batch, channels, height, width = embedding.shape
-        tokens, keys, bias = self._memory_tokens(memory)
+        tokens, keys = self._memory_tokens(memory)
+        bias = None if is_full else self._memory_bias(memory)
         pointers = memory.pointers.shape[1] * self.config.tokens_per_pointer
         picture = (embedding + 0.1 * self.picture_position).flatten(2).transpose(1, 2)
         conditioned = self.memory_attention(picture, tokens, keys, bias, pointers)
-        classes = self.semantic_head(tokens, bias, conditioned) if self.config.classes else tokens[:, 0, :0]
-        return conditioned.transpose(1, 2).reshape(batch, channels, height, width), classes
+        class_token = self.semantic_head.remember(tokens, bias) if self.config.classes else tokens[:, 0, :0]
+        return conditioned.transpose(1, 2).reshape(batch, channels, height, width), class_token
 
-    def _memory_tokens(self, memory: MemoryView) -> tuple[Tensor, Tensor, Tensor]:
-        """Values [B, M, C_mem], keys (with positions) of the same shape, and bias [B, 1, M]."""
-        batch = memory.slot_bias.shape[0]
-        count = memory.pointers.shape[1]
+    def _memory_tokens(self, memory: MemoryView) -> tuple[Tensor, Tensor]:
+        """Values [B, M, C_mem], and keys (with positions) of the same shape."""
+        batch, count = memory.pointers.shape[:2]
         split = self.config.tokens_per_pointer
-        size = self.config.embedding_size**2
         table: Tensor = self.maskmem_tpos_enc
         if self.config.has_long_term_embedding:
             table = torch.cat([table, self.long_term_tpos_enc])
-        spatial = memory.spatial.flatten(3).transpose(2, 3)  # [B, K, h·w, C_mem]
+        spatial = memory.spatial.flatten(3).transpose(2, 3)  # [B, K, h'·w', C_mem]
         time = table.flatten(1)[memory.slot_time].unsqueeze(2)
         spatial_keys = spatial + self.memory_position.flatten(2).transpose(1, 2) + time
         pointers = memory.pointers.reshape(batch, count * split, -1)
         age = self.obj_ptr_tpos_proj(
             sine_position(memory.pointer_age / POINTER_TIME_SCALE, self.config.d_model)
         )
-        pointer_keys = pointers + age.repeat_interleave(split, dim=1)
+        # Not repeat_interleave: from a GPU's captured graph nothing may be read on the host.
+        pointer_keys = pointers + age.unsqueeze(2).expand(-1, -1, split, -1).flatten(1, 2)
         values = torch.cat([spatial.flatten(1, 2), pointers], dim=1)
         keys = torch.cat([spatial_keys.flatten(1, 2), pointer_keys], dim=1)
-        bias = torch.cat(
-            [
-                memory.slot_bias.unsqueeze(2).expand(-1, -1, size).flatten(1),
-                memory.pointer_bias.repeat_interleave(split, dim=1),
-            ],
-            dim=1,
-        )
-        return values, keys, bias.unsqueeze(1)
+        return values, keys
+
+    def _memory_bias(self, memory: MemoryView) -> Tensor:
+        """What hides the tokens of empty slots and pointers, [B, 1, M]."""
+        size = self.config.memory_size**2
+        spatial = memory.slot_bias.unsqueeze(2).expand(-1, -1, size).flatten(1)
+        split = self.config.tokens_per_pointer
+        pointers = memory.pointer_bias.unsqueeze(2).expand(-1, -1, split).flatten(1)
+        return torch.cat([spatial, pointers], dim=1).unsqueeze(1)
 
     def decode_masks(
         self,
@@ -288,7 +300,7 @@ class SAM2S(nn.Module):
         readout: Tensor,
         prompt: PromptTensors,
         is_multimask: Tensor,
-        presence: Tensor | None = None,
+        class_token: Tensor,
     ) -> Decoded:
         """Masks, quality, presence and pointer of each object.
 
@@ -299,15 +311,42 @@ class SAM2S(nn.Module):
             readout: [B, 1, 2h, 2w] logits of the affinity readout, zeros without one.
             prompt: of the same B objects.
             is_multimask: bool [B]; choose the best of three masks instead of the single one.
-            presence: [B] added to the presence logit, from `read_affinity`.
+            class_token: [B, C] from `attend_memory`, or `without_class_memory`.
         """
         every = self.decode_all(conditioned, stride_4, stride_8, readout, prompt)
         logits, iou, token = select_mask(every, is_multimask)
-        presence_logit = every.presence_logit if presence is None else every.presence_logit + presence
+        return self._describe(logits, iou, token, every.presence_logit, class_token, conditioned, stride_8)
+
+    def _describe(
+        self,
+        logits: Tensor,
+        iou: Tensor,
+        token: Tensor,
+        presence_logit: Tensor,
+        class_token: Tensor,
+        conditioned: Tensor,
+        stride_8: Tensor,
+    ) -> Decoded:
+        """What follows from the mask that was chosen of each object, and from its token."""
         is_present = (presence_logit > 0).unsqueeze(-1)
         logits = torch.where(is_present.unsqueeze(-1), logits, ABSENT_LOGIT)
         pointer = torch.where(is_present, self.obj_ptr_proj(token), self.no_obj_ptr)
-        return Decoded(logits, iou, presence_logit, pointer)
+        classes = self.classify(class_token, conditioned, stride_8, logits)
+        return Decoded(logits, iou, presence_logit, pointer, classes)
+
+    def without_class_memory(self, batch: int) -> Tensor:
+        """Class tokens of objects that begin, [B, C]."""
+        if not self.config.classes:
+            return self.no_obj_ptr[:, :0].expand(batch, -1)
+        return self.semantic_head.without_memory(batch)
+
+    def classify(
+        self, class_token: Tensor, conditioned: Tensor, stride_8: Tensor, mask_logits: Tensor
+    ) -> Tensor:
+        """Class logits [B, K] of the objects under the masks; arguments as in `decode_masks`."""
+        if not self.config.classes:
+            return class_token
+        return self.semantic_head(class_token, conditioned, stride_8, mask_logits)  # type: ignore[no-any-return]
 
     def decode_all(
         self,
@@ -321,18 +360,39 @@ class SAM2S(nn.Module):
         encoder = self.sam_prompt_encoder
         sparse, _ = encoder(points=(prompt.points, prompt.labels), boxes=None, masks=None)
         dense = torch.where(
-            prompt.has_mask.view(-1, 1, 1, 1),
-            encoder.mask_downscaling(prompt.mask),
-            encoder.no_mask_embed.weight.view(1, -1, 1, 1),
+            prompt.has_mask.view(-1, 1, 1, 1), encoder.mask_downscaling(prompt.mask), self._no_mask
         )
+        candidates, fine = self._decode(conditioned + dense, stride_4, stride_8, readout, sparse)
+        masks = self._draw(candidates.filters, candidates.pixels, fine)
+        return AllMasks(masks, candidates.predicted_iou, candidates.tokens, candidates.presence_logit)
+
+    @property
+    def _no_mask(self) -> Tensor:
+        """What is added to the embedding of a picture without a mask prompt, [1, C, 1, 1]."""
+        return self.sam_prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)  # type: ignore[no-any-return]
+
+    def _decode(
+        self, prompted: Tensor, stride_4: Tensor, stride_8: Tensor, readout: Tensor, sparse: Tensor
+    ) -> tuple[Candidates, Tensor | None]:
+        """Candidates, and the readout at their stride, [B, 1, 4h, 4w], of a network that has one.
+
+        Args:
+            prompted: [B, C, h, w] conditioned embedding with the dense prompt.
+            stride_4, stride_8, readout: as in `decode_masks`.
+            sparse: [B, N, C] sparse prompt, or [1, N, C] where all objects have the same.
+        """
+        fine = None
         if self.config.readout_dim:
             stride_8 = stride_8 + self.readout_to_stride_8(readout)
-        masks, iou, tokens, presence = self.sam_mask_decoder.decode(
-            conditioned + dense, encoder.get_dense_pe(), sparse, stride_4, stride_8
-        )
-        if self.config.readout_dim:
-            masks = masks + self.readout_gain * upsample(readout, 2)
-        return AllMasks(masks, iou, tokens, presence.squeeze(-1))
+            fine = upsample(readout, 2)
+        position = self.sam_prompt_encoder.get_dense_pe()
+        candidates = self.sam_mask_decoder.decode(prompted, position, sparse, stride_4, stride_8, fine)
+        return candidates, fine
+
+    def _draw(self, filters: Tensor, pixels: Tensor, fine: Tensor | None) -> Tensor:
+        """Masks [B, M, 4h, 4w] of [B, M, C/8] filters; `fine` from `_decode`."""
+        masks = draw(filters, pixels)
+        return masks if fine is None else masks + self.readout_gain * fine
 
     def read_points(self, features: ImageFeatures, prompt: PromptTensors) -> Tensor:
         """The readout of a prompted frame, [B, 1, 2h, 2w]: likeness to the clicks, else zeros."""
@@ -350,17 +410,17 @@ class SAM2S(nn.Module):
         """
         readout = self.read_points(features, prompt)
         conditioned, stride_4, stride_8, _ = features
-        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, is_multimask)
+        token = self.without_class_memory(conditioned.shape[0])
+        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, is_multimask, token)
 
-    def read_affinity(self, keys: Tensor, prototypes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def read_affinity(self, keys: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         """The affinity readout as logits [B, 1, 2h, 2w], and what it adds to the presence logit, [B].
 
         Args:
             keys: [B, dim, 2h, 2w] of the current picture.
-            prototypes: [B, M, dim + 3, 2, h, w] of remembered ones, the latest last.
-            bias: [B, M], 0 or `HIDDEN_BIAS`.
+            prototypes: [B, M, dim + 4, N] of remembered ones, see `AffinityReadout.forward`.
         """
-        readout, support = self.readout(keys, prototypes, bias)
+        readout, support = self.readout(keys, prototypes)
         return readout, self.readout_presence(support).squeeze(1)
 
     def track_masks(
@@ -370,7 +430,7 @@ class SAM2S(nn.Module):
         stride_8: Tensor,
         keys: Tensor,
         prototypes: Tensor,
-        prototype_bias: Tensor,
+        class_token: Tensor,
     ) -> Decoded:
         """`decode_masks` on a frame without prompt: no points, best of three, readout as mask prompt.
 
@@ -379,25 +439,27 @@ class SAM2S(nn.Module):
             stride_4: [B, C/8, 4h, 4w].
             stride_8: [B, C/4, 2h, 2w].
             keys: [B, dim, 2h, 2w]; read only by a network with a readout, like the next two.
-            prototypes: [B, M, dim + 3, 2, h, w].
-            prototype_bias: [B, M].
+            prototypes: [B, M, dim + 4, N].
+            class_token: [B, C] from `attend_memory`.
         """
-        batch = conditioned.shape[0]
-        size = self.config.mask_size
+        encoder = self.sam_prompt_encoder
+        readout, presence, dense = stride_8[:, :1], None, self._no_mask
         if self.config.readout_dim:
-            readout, presence = self.read_affinity(keys, prototypes, prototype_bias)
-            mask = upsample(readout, 2)
-        else:
-            readout, presence = stride_8[:, :1], conditioned.new_zeros(batch)
-            mask = conditioned.new_zeros(batch, 1, size, size)
-        yes = torch.ones(batch, dtype=torch.bool, device=conditioned.device)
-        prompt = PromptTensors(
-            points=conditioned.new_zeros(batch, 1, 2),
-            labels=-torch.ones(batch, 1, dtype=torch.int64, device=conditioned.device),
-            mask=mask,
-            has_mask=yes if self.config.readout_dim else ~yes,
-        )
-        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, yes, presence)
+            readout, presence = self.read_affinity(keys, prototypes)
+            dense = encoder.mask_downscaling(upsample(readout, 2))
+        # The same point for all: an exported graph holds what becomes of it until it meets a picture as a
+        # constant.
+        padding = conditioned.new_zeros(1, 1, 2), -torch.ones(1, 1, device=conditioned.device)
+        sparse, _ = encoder(points=padding, boxes=None, masks=None)
+        candidates, fine = self._decode(conditioned + dense, stride_4, stride_8, readout, sparse)
+        iou, best = candidates.predicted_iou[:, 1:].max(dim=1)
+        # Chosen before it is drawn: three masks of four are never looked at.
+        filters, token = (_pick(of_all, 1 + best) for of_all in (candidates.filters, candidates.tokens))
+        logits = self._draw(filters.unsqueeze(1), candidates.pixels, fine).squeeze(1)
+        presence_logit = candidates.presence_logit
+        if presence is not None:
+            presence_logit = presence_logit + presence
+        return self._describe(logits, iou, token, presence_logit, class_token, conditioned, stride_8)
 
     def encode_memory(
         self,
@@ -417,7 +479,8 @@ class SAM2S(nn.Module):
             is_prompted: bool [B]; prompted masks are binarised, tracked ones enter as probabilities.
 
         Returns:
-            spatial memory [B, C_mem, h, w] and prototypes [B, dim + 3, 2, h, w] (without readout [B, 0, …]).
+            spatial memory [B, C_mem, h', w'] and prototypes [B, dim + 4, N] ([B, 4, 0] where the network
+            has no readout).
         """
         masks = mask_logits.unsqueeze(1)
         if self.config.memory_mask_stride == 16:
@@ -425,15 +488,40 @@ class SAM2S(nn.Module):
         masks = torch.where(is_prompted.view(-1, 1, 1, 1), (masks > 0).to(masks.dtype), masks.sigmoid())
         encoded = self.memory_encoder(embedding, masks * 20.0 - 10.0, skip_mask_sigmoid=True)
         absent = (presence_logit <= 0).to(masks.dtype).view(-1, 1, 1, 1)
-        memory = encoded["vision_features"] + absent * self.no_obj_embed_spatial.view(1, -1, 1, 1)
+        pool = self.config.embedding_size // self.config.memory_size
+        memory = nn.functional.avg_pool2d(encoded["vision_features"], pool)
+        memory = memory + absent * self.no_obj_embed_spatial.view(1, -1, 1, 1)
         if not self.config.readout_dim:
-            return memory, memory[:, :0].unsqueeze(2).expand(-1, -1, 2, -1, -1)
+            return memory, embedding[:, :4, 0, :0]
         return memory, self.readout.prototypes(keys, mask_logits)
+
+
+class ChannelNorm(LayerNorm2d):  # type: ignore[misc]
+    """sam2's `LayerNorm2d` as the one operator that runtimes have for it, instead of seven."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same."""
+        channels_last = x.permute(0, 2, 3, 1)
+        normed = nn.functional.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.permute(0, 3, 1, 2)
+
+
+def _fuse_channel_norms(network: nn.Module) -> None:
+    """Put a `ChannelNorm` in the place of every `LayerNorm2d`; the parameters keep their names."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LayerNorm2d):
+                setattr(parent, name, ChannelNorm(child.weight.shape[0], eps=child.eps))
 
 
 def upsample(maps: Tensor, factor: int) -> Tensor:
     """Bilinear, half-pixel centres; [B, C, H, W] to [B, C, factor·H, factor·W]."""
     return nn.functional.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """values[b, index[b]] of [B, N, D] as [B, D]."""
+    return values.gather(1, index.view(-1, 1, 1).expand(-1, -1, values.shape[2])).squeeze(1)
 
 
 def select_mask(every: AllMasks, is_multimask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -455,8 +543,7 @@ def select_mask(every: AllMasks, is_multimask: Tensor) -> tuple[Tensor, Tensor, 
     # The pointer comes from the best mask's token only under multimask; a stability fallback keeps the
     # single mask's, as in SAM 2.
     chosen = torch.where(is_multimask, best, 0)
-    token = every.tokens.gather(1, chosen.view(-1, 1, 1).expand(-1, -1, every.tokens.shape[2])).squeeze(1)
-    return logits, iou, token
+    return logits, iou, _pick(every.tokens, chosen)
 
 
 def _image_encoder(config: NetworkConfig) -> ImageEncoder:

@@ -1,8 +1,10 @@
 """PyTorch without compilation: the reference that every other runtime is compared with."""
 
+import torch
 from torch import Tensor
 
 from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.runtime.clock import HostClock
 
 
 class EagerRuntime:
@@ -13,6 +15,7 @@ class EagerRuntime:
     """
 
     name = "eager"
+    device = torch.device("cpu")
 
     def __init__(self, network: SAM2S) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -22,16 +25,18 @@ class EagerRuntime:
         """See `Runtime.encode_image`."""
         return self.network.encode_image(pixels)
 
-    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+    def attend_memory(
+        self, embedding: Tensor, memory: MemoryView, *, is_full: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """See `Runtime.attend_memory`."""
-        return self.network.attend_memory(embedding, memory)
+        return self.network.attend_memory(embedding, memory, is_full=is_full)
 
     def track_masks(
-        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, prototype_bias: Tensor
+        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
     ) -> Decoded:
         """See `Runtime.track_masks`."""
         _, stride_4, stride_8, keys = features
-        return self.network.track_masks(conditioned, stride_4, stride_8, keys, prototypes, prototype_bias)
+        return self.network.track_masks(conditioned, stride_4, stride_8, keys, prototypes, class_token)
 
     def decode_prompt(
         self,
@@ -58,3 +63,11 @@ class EagerRuntime:
     def downsample_mask(self, mask: Tensor) -> Tensor:
         """See `Runtime.downsample_mask`."""
         return self.network.mask_downsample(mask)  # type: ignore[no-any-return]
+
+    def start_clock(self) -> HostClock:
+        """See `Runtime.start_clock`."""
+        return HostClock()
+
+    def read_back(self, decoded: Decoded) -> Decoded:
+        """See `Runtime.read_back`; it lies there already."""
+        return decoded

@@ -2,33 +2,39 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trocar_engines.network.config import NetworkConfig
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.runtime.clock import StageClock
 
 
 class Runtime(Protocol):
     """The stages of a frame's way; shapes and meaning as in `network.sam2s.SAM2S`.
 
-    Inputs are borrowed for the call, outputs belong to the caller.
+    Inputs are borrowed for the call and may lie on the host; outputs belong to the caller and lie on
+    `device`.
     """
 
     name: str
     config: NetworkConfig
+    device: torch.device
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Features of uint8 pictures [B, S, S, 3]."""
 
-    def attend_memory(self, embedding: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
-        """Conditioned embedding and class logits."""
+    def attend_memory(
+        self, embedding: Tensor, memory: MemoryView, *, is_full: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Conditioned embedding and class token; `is_full` says that no slot or pointer is hidden."""
 
     def track_masks(
         self,
         conditioned: Tensor,
         features: ImageFeatures,
         prototypes: Tensor,
-        prototype_bias: Tensor,
+        class_token: Tensor,
     ) -> Decoded:
         """Masks on a frame without prompt."""
 
@@ -51,3 +57,9 @@ class Runtime(Protocol):
 
     def downsample_mask(self, mask: Tensor) -> Tensor:
         """A mask prompt [B, 1, S, S], 0 or 1, as the decoder reads it: [B, 1, S/4, S/4]."""
+
+    def start_clock(self) -> StageClock:
+        """A clock of the device's stages, which begins now."""
+
+    def read_back(self, decoded: Decoded) -> Decoded:
+        """The same in float32 on the host: a frame's one wait for the device."""

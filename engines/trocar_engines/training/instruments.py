@@ -1,4 +1,4 @@
-"""Articulated instruments of six kinds: looks, silhouettes and how they move."""
+"""Articulated instruments of several kinds: looks, silhouettes and how they move."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from trocar_engines.training.texture import Colour
 
 # All but the last, which is tissue.
 INSTRUMENT_KINDS = INSTRUMENT_CLASSES[:-1]
+# No training scene shows it and no network knows its name: what a benchmark expects to be called unknown.
+HELD_OUT_KIND = "fan_retractor"
 # The longest tip and wrist, in shaft radii: how far past the border a retracted instrument must stand.
 TOOL_LENGTH = 14.0
 
@@ -257,6 +259,18 @@ def _needle_driver(joint: Joint, opening: float, style: Style) -> list[Segment]:
     return parts
 
 
+def _fan_retractor(joint: Joint, opening: float, style: Style) -> list[Segment]:
+    """Three to five slim fingers spread like a fan, their ends bent to one side."""
+    length, width = 5.2 * style.jaw_length, 0.3 * style.jaw_width
+    fingers, spread = 3 + int(3 * style.shape[0]), 0.35 + opening
+    parts = []
+    for index in range(fingers):
+        finger = joint.moved(0.0, 0.0, spread * (2 * index / (fingers - 1) - 1))
+        parts.append(finger.segment((-0.2, 0), (length, 0), (1.2 * width, width), style.tip))
+        parts.append(finger.segment((length, 0), (length + 0.5, 0.4), (width, 0.8 * width), style.tip))
+    return parts
+
+
 _TIPS: dict[str, Callable[[Joint, float, Style], list[Segment]]] = {
     "grasper": _grasper,
     "scissors": _scissors,
@@ -264,6 +278,7 @@ _TIPS: dict[str, Callable[[Joint, float, Style], list[Segment]]] = {
     "clip_applier": _clip_applier,
     "suction": _suction,
     "needle_driver": _needle_driver,
+    HELD_OUT_KIND: _fan_retractor,
 }
 
 

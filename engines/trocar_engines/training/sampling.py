@@ -14,6 +14,14 @@ from trocar_engines.training.store import NO_CLASS, StoredClip
 
 FEWEST_PIXELS = 60
 """An object is chosen on a frame where at least so many of its 256x256 pixels show."""
+AWAY_SHARE = 0.25
+"""Share of clips in which the camera looks away for some frames: what a presence head learns from."""
+LOOK_ALIKE_SHARE = 0.35
+"""Share of clips in which a copy of an object moves about on its own: it is another one."""
+LOOK_ALIKE_COVERS = 0.3
+"""Share of an object that its copy may cover on the first frame, where the object is prompted."""
+SMALLEST_VIEW = 0.3
+"""Side of the smallest view without objects that stands for looking away, over the picture's."""
 LONGEST_STRIDE = 8
 """Consecutive frames of a real clip are taken up to this far apart."""
 
@@ -90,8 +98,12 @@ class ClipSamples(Dataset[Sample]):
             else:
                 clip = _pick(rng, self.real if source == 1 else self.synthetic)
                 pixels, classes = _take_frames(rng, clip, self.frames), clip.classes
+                if rng.random() < AWAY_SHARE and self.frames > 1:
+                    _look_away(rng, pixels, _pick(rng, self.synthetic))
+            if rng.random() < LOOK_ALIKE_SHARE:
+                _add_look_alike(rng, pixels)
             pixels = augment(rng, pixels, self.size_px)
-            objects = _choose_objects(rng, pixels[0, :, :, 3], self.objects, len(classes))
+            objects = _choose_objects(rng, pixels[0, :, :, 3], self.objects)
             if objects is not None:
                 break
         masks = torch.from_numpy(np.stack([pixels[..., 3] == object_id for object_id in objects]))
@@ -111,16 +123,14 @@ class ClipSamples(Dataset[Sample]):
         count = int(rng.integers(1, 4))
         for object_id in range(2, count + 2):
             donor = _still(rng, _pick(rng, everything))
-            ids = np.flatnonzero(np.bincount(donor[..., 3].ravel(), minlength=256)[1:] >= FEWEST_PIXELS) + 1
+            ids = _shown_ids(donor[..., 3])
             if not len(ids):
                 continue
             donor[..., 3] = (donor[..., 3] == rng.choice(ids)) * 255
             moved = _drift(rng, donor, self.frames, strength=1.0, border=cv2.BORDER_CONSTANT)
             leaves_at = self.frames if rng.random() < 0.7 else int(rng.integers(1, self.frames))
             for t in range(leaves_at):
-                alpha = cv2.GaussianBlur(moved[t, :, :, 3], (3, 3), 0)[..., None].astype(np.float32) / 255
-                frames[t, :, :, :3] = moved[t, :, :, :3] * alpha + frames[t, :, :, :3] * (1 - alpha)
-                frames[t, :, :, 3][alpha[..., 0] > 0.5] = object_id
+                _lay_over(frames[t], moved[t], object_id)
         assert frames.shape[1] == size
         return frames, (NO_CLASS,) * (count + 1)
 
@@ -157,15 +167,104 @@ def _take_frames(rng: np.random.Generator, clip: StoredClip, frames: int) -> UIn
     return np.array(clip.pixels[indices])
 
 
-def _choose_objects(
-    rng: np.random.Generator, label: UInt8Array, count: int, objects: int
-) -> npt.NDArray[np.int64] | None:
+def _look_away(rng: np.random.Generator, pixels: UInt8Array, other: StoredClip) -> None:
+    """Hide every object from some frames after the first, in place.
+
+    Such a frame shows a part of its own picture without objects, else a picture of another clip, whose
+    objects are none of ours.
+
+    Args:
+        pixels: uint8 [T, S, S, 4].
+        other: of the same size.
+    """
+    begin = int(rng.integers(1, len(pixels)))
+    end = int(rng.integers(begin + 1, len(pixels) + 1))
+    size = pixels.shape[1]
+    for frame in pixels[begin:end]:
+        view = _view_without_objects(rng, frame[..., 3])
+        if view is None:
+            frame[...] = _still(rng, other)
+        else:
+            frame[..., :3] = cv2.resize(frame[view][..., :3], (size, size), interpolation=cv2.INTER_LINEAR)
+        frame[..., 3] = 0
+
+
+def _lay_over(frame: UInt8Array, cut_out: UInt8Array, object_id: int) -> None:
+    """Draw a cut-out, whose fourth channel is its opacity, over a frame, in place; both uint8 [S, S, 4]."""
+    opacity = cv2.GaussianBlur(cut_out[..., 3], (3, 3), 0)[..., None].astype(np.float32) / 255
+    frame[..., :3] = cut_out[..., :3] * opacity + frame[..., :3] * (1 - opacity)
+    frame[..., 3][opacity[..., 0] > 0.5] = object_id
+
+
+def _add_look_alike(rng: np.random.Generator, pixels: UInt8Array) -> None:
+    """Let a copy of an object of the first frame move about as part of the background, in place.
+
+    While the object itself can be followed the copy may be its twin. Where the object is away for a while
+    the copy carries a mark or another colour, as else nobody could tell the two apart.
+
+    Args:
+        pixels: uint8 [T, S, S, 4].
+    """
+    ids = _shown_ids(pixels[0, :, :, 3])
+    if not len(ids):
+        return
+    is_object = pixels[..., 3] == rng.choice(ids)
+    copy = np.array(pixels[0])
+    copy[..., 3] = is_object[0] * 255
+    is_always_there = bool(is_object.any(axis=(1, 2)).all())
+    if not is_always_there or rng.random() < 0.7:
+        _mark(rng, copy)
+    if rng.random() < 0.5:
+        copy = np.ascontiguousarray(copy[:, ::-1])
+    moved = _drift(rng, copy, len(pixels), strength=1.5, border=cv2.BORDER_CONSTANT)
+    covered = np.count_nonzero(is_object[0] & (moved[0, :, :, 3] > 0))
+    is_there_at_once = covered < LOOK_ALIKE_COVERS * np.count_nonzero(is_object[0]) and rng.random() < 0.5
+    comes_at = 0 if is_there_at_once else int(rng.integers(1, len(pixels) + 1))
+    for frame, cut_out in zip(pixels[comes_at:], moved[comes_at:], strict=True):
+        _lay_over(frame, cut_out, 0)
+
+
+def _mark(rng: np.random.Generator, cut_out: UInt8Array) -> None:
+    """Give a cut-out, uint8 [S, S, 4], a coloured band or another colour, in place."""
+    rgb = cut_out[..., :3].astype(np.float32)
+    if rng.random() < 0.5:
+        rows, columns = np.nonzero(cut_out[..., 3])
+        angle = rng.uniform(0, np.pi)
+        along = columns * np.cos(angle) + rows * np.sin(angle)
+        low, high = along.min(), along.max()
+        width = rng.uniform(0.1, 0.3) * (high - low + 1)
+        begin = rng.uniform(low, high - width)
+        band = (along >= begin) & (along <= begin + width)
+        rgb[rows[band], columns[band]] = 0.25 * rgb[rows[band], columns[band]] + 0.75 * rng.uniform(0, 255, 3)
+    else:
+        rgb *= rng.uniform(0.5, 1.5, 3)
+        rgb += rng.uniform(-30, 30, 3)
+    cut_out[..., :3] = np.clip(rgb, 0, 255)
+
+
+def _view_without_objects(rng: np.random.Generator, label: UInt8Array) -> tuple[slice, slice] | None:
+    """Rows and columns of a square without labels, the largest of some tries; None if none is found."""
+    size = label.shape[0]
+    for share in np.linspace(0.7, SMALLEST_VIEW, 12):
+        side = int(size * share)
+        top, left = rng.integers(0, size - side + 1, 2)
+        view = slice(int(top), int(top) + side), slice(int(left), int(left) + side)
+        if not label[view].any():
+            return view
+    return None
+
+
+def _choose_objects(rng: np.random.Generator, label: UInt8Array, count: int) -> npt.NDArray[np.int64] | None:
     """`count` ids that show on the first frame, each once if there are enough; None if none shows."""
-    shown = np.bincount(label.ravel(), minlength=objects + 1)[1 : objects + 1]
-    ids = np.flatnonzero(shown >= FEWEST_PIXELS) + 1
+    ids = _shown_ids(label)
     if not len(ids):
         return None
     return rng.permutation(np.resize(rng.permutation(ids), count))
+
+
+def _shown_ids(label: UInt8Array) -> npt.NDArray[np.int64]:
+    """Ids with at least `FEWEST_PIXELS` pixels."""
+    return np.flatnonzero(np.bincount(label.ravel(), minlength=256)[1:] >= FEWEST_PIXELS) + 1
 
 
 def _affine(size: int, angle: float, scale: float, shift: npt.ArrayLike) -> npt.NDArray[np.float64]:

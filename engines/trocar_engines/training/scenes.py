@@ -9,9 +9,10 @@ renders without the ones before it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class SceneConfig:
         frame_rate: frames per second of the scene's own clock, Hz; a low rate makes large steps.
         held_out: draw seeds, palettes and textures from the family no training scene uses.
         script: "random" for training, "demo" for two instruments that keep `demo_scene`'s promises.
+        kinds: of instruments to draw from; as it stands all but `HELD_OUT_KIND`, which training must not see.
 
     Raises:
         ValueError: a size, a count or a rate is not positive, or a demo is too short.
@@ -73,6 +75,7 @@ class SceneConfig:
     seed: int
     held_out: bool = False
     script: Literal["random", "demo"] = "random"
+    kinds: tuple[str, ...] = INSTRUMENT_KINDS
 
     def __post_init__(self) -> None:
         if min(self.height_px, self.width_px) < 16:
@@ -87,15 +90,56 @@ class SceneConfig:
             )
 
 
+class Performer(Protocol):
+    """What plays an instrument: an `Instrument`, or one stay in view of many."""
+
+    @property
+    def kind(self) -> str:
+        """Class of the instrument."""
+
+    @property
+    def radius(self) -> float:
+        """Half width of the shaft in view units."""
+
+    def parts(self, time_s: float) -> list[Segment]:
+        """Return the visible parts, the farthest first; none while it is away."""
+
+    def smear(self, time_s: float, shutter_s: float) -> float:
+        """Return how far it moves while the shutter is open, in view units."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everything drawn from the seed; object ids count the instruments first, then the structures."""
+    """Everything drawn from the seed.
+
+    Attributes:
+        instruments: painted in this order.
+        structures: numbered after the last instrument.
+        object_ids: of the instruments, from 1 without a gap; several may play one object in turn. Empty
+            counts them.
+    """
 
     palette: Palette
     camera: Camera
     optics: Optics
-    instruments: tuple[Instrument, ...]
+    instruments: tuple[Performer, ...]
     structures: tuple[Structure, ...]
+    object_ids: tuple[int, ...] = ()
+
+    @property
+    def players(self) -> list[tuple[int, Performer]]:
+        """Return object id and instrument, in the order of painting."""
+        ids = self.object_ids or range(1, len(self.instruments) + 1)
+        return list(zip(ids, self.instruments, strict=True))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the class of object id i + 1 at place i."""
+        kinds = {object_id: instrument.kind for object_id, instrument in self.players}
+        return tuple(kinds[object_id] for object_id in sorted(kinds)) + (TISSUE_CLASS,) * len(self.structures)
+
+
+DrawCast = Callable[[np.random.Generator, SceneConfig], Cast]
 
 
 def _draw_absences(rng: np.random.Generator, duration_s: float, *, is_first: bool) -> tuple[Absence, ...]:
@@ -113,7 +157,7 @@ def _draw_cast(rng: np.random.Generator, config: SceneConfig) -> Cast:
     count = int(rng.choice([0, 1, 2, 3, 4], p=[0.06, 0.3, 0.37, 0.19, 0.08]))
     instruments: list[Instrument] = []
     for _ in range(count):
-        kind = str(rng.choice(INSTRUMENT_KINDS))
+        kind = str(rng.choice(config.kinds))
         style = draw_style(rng, kind)
         if instruments and rng.random() < 0.35:  # a look-alike of the one before
             kind, style = instruments[-1].kind, instruments[-1].style
@@ -195,13 +239,20 @@ class Scene:
         config: what to render.
         device: where to render. Equal configurations agree bit for bit on one type of device and number of
             threads; another number of threads moves a few pixels (measured: 0 to 159 of 393,216 values).
+        draw_cast: another script than those of `SceneConfig`.
     """
 
-    def __init__(self, config: SceneConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: SceneConfig,
+        device: torch.device | str = "cpu",
+        draw_cast: DrawCast | None = None,
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
         rng = np.random.default_rng([config.seed, int(config.held_out), int(config.script == "demo")])
-        self._cast = cast = _demo_cast(rng, config) if config.script == "demo" else _draw_cast(rng, config)
+        draw_cast = draw_cast or (_demo_cast if config.script == "demo" else _draw_cast)
+        self._cast = cast = draw_cast(rng, config)
         # About one texel a pixel; the largest takes 100 MB.
         size = 512 if config.height_px <= 320 else 1024 if config.height_px <= 540 else 2048
         ground_rng = np.random.default_rng(rng.integers(2**63))
@@ -218,8 +269,7 @@ class Scene:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class of object id i + 1 at place i."""
-        cast = self._cast
-        return tuple(i.kind for i in cast.instruments) + (TISSUE_CLASS,) * len(cast.structures)
+        return self._cast.classes
 
     @torch.no_grad()
     def render(self, t: int) -> tuple[Tensor, Tensor]:
@@ -243,10 +293,13 @@ class Scene:
         image, falloff = self._light_ground(ground_x, ground_y, light)
         labels = torch.zeros(image.shape[1:], dtype=torch.uint8, device=self.device)
         canvas = Canvas(image, labels, falloff, self._x, self._y, self._detail, light)
-        for object_id, structure in enumerate(cast.structures, len(cast.instruments) + 1):
+        first_structure = len(cast.classes) - len(cast.structures) + 1
+        for object_id, structure in enumerate(cast.structures, first_structure):
             self._paint_structure(canvas, structure, object_id, ground_x, ground_y, time_s)
-        for object_id, instrument in enumerate(cast.instruments, 1):
+        for object_id, instrument in cast.players:
             parts = instrument.parts(time_s)
+            if not parts:
+                continue
             canvas.cast_shadow(parts, 1.2 * instrument.radius)
             smear = instrument.smear(time_s, cast.optics.shutter_s)
             for part in parts:

@@ -1,7 +1,7 @@
 """Clips on disk: rendered once, read many times."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
+from trocar_engines.davis import davis_clips, read_label
 from trocar_engines.errors import TrocarError
 from trocar_engines.masklets import UInt8Array
 from trocar_engines.network.config import INSTRUMENT_CLASSES
@@ -92,27 +92,6 @@ def open_store(folder: Path, size_px: int) -> list[StoredClip]:
     ]
 
 
-def davis_clips(folder: Path) -> Iterator[tuple[str, list[Path], list[Path]]]:
-    """Name, frames and masks of every clip of a folder in DAVIS layout; frames without a mask are left out.
-
-    Raises:
-        TrocarError: a folder or a file is missing; the message names it.
-    """
-    images, annotations = folder / "JPEGImages", folder / "Annotations"
-    for part in (images, annotations):
-        if not part.is_dir():
-            raise TrocarError(f"{folder}: expected DAVIS layout with {part.name}/<clip>/")
-    names = sorted(path.name for path in images.iterdir() if path.is_dir())
-    if not names:
-        raise TrocarError(f"{images}: holds no clip")
-    for name in names:
-        masks = {path.stem: path for path in (annotations / name).glob("*.png")}
-        frames = [path for path in sorted((images / name).iterdir()) if path.stem in masks]
-        if not frames:
-            raise TrocarError(f"{annotations / name}: holds no mask of a frame of {images / name}")
-        yield name, frames, [masks[path.stem] for path in frames]
-
-
 def load_davis(folder: Path, size_px: int) -> list[StoredClip]:
     """Every clip of a folder in DAVIS layout, at the network's input size."""
     clips = []
@@ -121,22 +100,6 @@ def load_davis(folder: Path, size_px: int) -> list[StoredClip]:
         objects = int(pixels[..., 3].max())
         clips.append(StoredClip(pixels, (NO_CLASS,) * objects, is_dense=True))
     return clips
-
-
-def read_label(path: Path) -> UInt8Array:
-    """A DAVIS mask as uint8 [H, W] object ids; a paletted file keeps its indices.
-
-    Raises:
-        TrocarError: the file is no picture of one channel.
-    """
-    try:
-        with Image.open(path) as image:
-            label = np.asarray(image)
-    except OSError as error:
-        raise TrocarError(f"{path}: cannot be read as a mask ({error})") from error
-    if label.ndim != 2:
-        raise TrocarError(f"{path}: expected one channel (a paletted or grey PNG), received {label.ndim}")
-    return label.astype(np.uint8)
 
 
 def _load_frame(frame: Path, mask: Path, size_px: int) -> UInt8Array:

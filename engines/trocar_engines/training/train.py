@@ -1,5 +1,6 @@
 """The training loop: stages of growing resolution, resumable, the same by seed."""
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -26,6 +27,8 @@ from trocar_engines.training.store import load_davis, open_store
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 LOG_EVERY = 20
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Options of glibc's mallopt(3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class TrainConfig:
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
         start_from: weights to begin with instead of random ones.
+        only: what a parameter's name must begin with to learn, for instance "semantic_head"; the rest of the
+            network stays as it is, normalisation included.
     """
 
     model: str = "sam2s-nano"
@@ -85,6 +90,7 @@ class TrainConfig:
     save_every: int = 200
     device: str = "cpu"
     start_from: Path | None = None
+    only: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +111,9 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
     """Train or resume; returns the path of the averaged weights.
 
     Raises:
-        TrocarError: no clips; NaN loss.
+        TrocarError: no clips; no parameter to learn; NaN loss.
     """
+    _keep_freed_memory()
     run = _Run(config)
     started = time.perf_counter()
     begun_at = run.step
@@ -119,6 +126,20 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
         if run.step % config.save_every == 0 or run.step == config.steps:
             run.save()
     return run.weights_path
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed.
+
+    A step frees and takes gigabytes in blocks of 50 MB; touching fresh pages took a fifth of its time (2.7
+    against 2.2 s).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+        mallopt(option, value)
 
 
 class _Run:
@@ -153,7 +174,16 @@ class _Run:
         self.size_px = size_px
         network = SAM2S(shape).to(self.config.device).train()
         network.image_encoder.to(memory_format=torch.channels_last)
+        if self.config.only:
+            self._freeze(network.eval())
         return network
+
+    def _freeze(self, network: SAM2S) -> None:
+        chosen = {name for name, _ in network.named_parameters() if name.startswith(self.config.only)}
+        if not chosen:
+            raise TrocarError(f"no parameter of {self.config.model} begins with {self.config.only!r}")
+        for name, value in network.named_parameters():
+            value.requires_grad_(name in chosen)
 
     def _optimiser(self) -> torch.optim.Optimizer:
         matrices = [value for value in self.network.parameters() if value.ndim > 1]

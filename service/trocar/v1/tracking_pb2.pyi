@@ -136,6 +136,8 @@ class _MemoryPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryPo
     """SAM 2: the prompted frame and the six most recent ones."""
     MEMORY_POLICY_FIFO: _MemoryPolicy.ValueType  # 2
     """Recent frames plus four diverse long-term ones; the oldest of the four makes room for the newest."""
+    MEMORY_POLICY_SPREAD: _MemoryPolicy.ValueType  # 3
+    """The same, but of the four and the newest the one that says least leaves: four frames span hours."""
 
 class MemoryPolicy(_MemoryPolicy, metaclass=_MemoryPolicyEnumTypeWrapper):
     """MemoryPolicy selects the frames that an object's memory keeps."""
@@ -146,6 +148,8 @@ MEMORY_POLICY_VANILLA: MemoryPolicy.ValueType  # 1
 """SAM 2: the prompted frame and the six most recent ones."""
 MEMORY_POLICY_FIFO: MemoryPolicy.ValueType  # 2
 """Recent frames plus four diverse long-term ones; the oldest of the four makes room for the newest."""
+MEMORY_POLICY_SPREAD: MemoryPolicy.ValueType  # 3
+"""The same, but of the four and the newest the one that says least leaves: four frames span hours."""
 Global___MemoryPolicy: _TypeAlias = MemoryPolicy  # noqa: Y015
 
 class _MaskEncoding:
@@ -160,7 +164,7 @@ class _MaskEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MaskEnco
     """Run lengths over the pixels in row-major order as unsigned LEB128 varints (7 bits a byte, lowest first,
     top bit set on all but the last byte). The first run is background and may be 0; then object and
     background alternate; the runs add up to width * height. The server falls back to PACKED_BITS for a
-    mask whose runs would take more bytes than its bits.
+    mask whose runs would take more bytes than its bits, and refuses such runs, beyond 64 bytes, in a prompt.
     """
     MASK_ENCODING_PACKED_BITS: _MaskEncoding.ValueType  # 2
     """One bit per pixel in row-major order, first pixel in the top bit of the first byte, rows not padded:
@@ -176,7 +180,7 @@ MASK_ENCODING_RLE: MaskEncoding.ValueType  # 1
 """Run lengths over the pixels in row-major order as unsigned LEB128 varints (7 bits a byte, lowest first,
 top bit set on all but the last byte). The first run is background and may be 0; then object and
 background alternate; the runs add up to width * height. The server falls back to PACKED_BITS for a
-mask whose runs would take more bytes than its bits.
+mask whose runs would take more bytes than its bits, and refuses such runs, beyond 64 bytes, in a prompt.
 """
 MASK_ENCODING_PACKED_BITS: MaskEncoding.ValueType  # 2
 """One bit per pixel in row-major order, first pixel in the top bit of the first byte, rows not padded:
@@ -298,6 +302,8 @@ class _RejectionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejec
     """The frame was never received, lost, dropped, or is older than what is kept."""
     REJECTION_REASON_CAPACITY: _RejectionReason.ValueType  # 3
     """No room for another object."""
+    REJECTION_REASON_RATE: _RejectionReason.ValueType  # 4
+    """More prompts per second than Limits.max_prompts_per_s."""
 
 class RejectionReason(_RejectionReason, metaclass=_RejectionReasonEnumTypeWrapper):
     """RejectionReason is why a prompt had no effect."""
@@ -310,6 +316,8 @@ REJECTION_REASON_UNKNOWN_FRAME: RejectionReason.ValueType  # 2
 """The frame was never received, lost, dropped, or is older than what is kept."""
 REJECTION_REASON_CAPACITY: RejectionReason.ValueType  # 3
 """No room for another object."""
+REJECTION_REASON_RATE: RejectionReason.ValueType  # 4
+"""More prompts per second than Limits.max_prompts_per_s."""
 Global___RejectionReason: _TypeAlias = RejectionReason  # noqa: Y015
 
 class _WarningReason:
@@ -332,6 +340,12 @@ class _WarningReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Warning
     """RemoveObject named an object that is not tracked."""
     WARNING_REASON_UNSUPPORTED: _WarningReason.ValueType  # 6
     """The request is part of the contract but not of this release."""
+    WARNING_REASON_UNKNOWN_FRAME: _WarningReason.ValueType  # 7
+    """PinFrame named a frame that is not kept."""
+    WARNING_REASON_SHUTTING_DOWN: _WarningReason.ValueType  # 8
+    """The server shuts down soon: what was sent is still answered, then the call ends with UNAVAILABLE. Close
+    your side and go on with another server.
+    """
 
 class WarningReason(_WarningReason, metaclass=_WarningReasonEnumTypeWrapper):
     """WarningReason is the kind of a StreamWarning."""
@@ -350,6 +364,12 @@ WARNING_REASON_UNKNOWN_OBJECT: WarningReason.ValueType  # 5
 """RemoveObject named an object that is not tracked."""
 WARNING_REASON_UNSUPPORTED: WarningReason.ValueType  # 6
 """The request is part of the contract but not of this release."""
+WARNING_REASON_UNKNOWN_FRAME: WarningReason.ValueType  # 7
+"""PinFrame named a frame that is not kept."""
+WARNING_REASON_SHUTTING_DOWN: WarningReason.ValueType  # 8
+"""The server shuts down soon: what was sent is still answered, then the call ends with UNAVAILABLE. Close
+your side and go on with another server.
+"""
 Global___WarningReason: _TypeAlias = WarningReason  # noqa: Y015
 
 @_typing.final
@@ -378,7 +398,7 @@ class TrackRequest(_message.Message):
 
     @_builtins.property
     def pin_frame(self) -> Global___PinFrame:
-        """Keeps one frame promptable. Not in this release: answered with StreamWarning UNSUPPORTED."""
+        """Keeps one frame promptable."""
 
     @_builtins.property
     def remove_object(self) -> Global___RemoveObject:
@@ -786,7 +806,9 @@ class PinFrame(_message.Message):
 
     FRAME_ID_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
-    """The frame to keep."""
+    """The frame to keep; the nearest one tracked stands in for one that was dropped. One that is no longer kept
+    is answered with StreamWarning UNKNOWN_FRAME.
+    """
     def __init__(
         self,
         *,
@@ -889,6 +911,9 @@ class Limits(_message.Message):
     MAX_OBJECTS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PICTURE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_OBJECTS_TOTAL_FIELD_NUMBER: _builtins.int
+    MAX_PROMPTS_PER_S_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_S_FIELD_NUMBER: _builtins.int
     max_streams: _builtins.int
     """Streams at once."""
     max_objects: _builtins.int
@@ -897,6 +922,14 @@ class Limits(_message.Message):
     """Bytes of one request message."""
     max_picture_pixels: _builtins.int
     """Pixels of one picture, width times height."""
+    max_objects_total: _builtins.int
+    """Objects at once in all streams together, for each model."""
+    max_prompts_per_s: _builtins.float
+    """Prompts per second in one stream, in the long run; further ones are rejected. One for each object may come
+    at once.
+    """
+    max_idle_s: _builtins.float
+    """Seconds without a request after which a stream is ended."""
     def __init__(
         self,
         *,
@@ -904,10 +937,13 @@ class Limits(_message.Message):
         max_objects: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         max_picture_pixels: _builtins.int = ...,
+        max_objects_total: _builtins.int = ...,
+        max_prompts_per_s: _builtins.float = ...,
+        max_idle_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_message_bytes", b"max_message_bytes", "max_objects", b"max_objects", "max_picture_pixels", b"max_picture_pixels", "max_streams", b"max_streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_idle_s", b"max_idle_s", "max_message_bytes", b"max_message_bytes", "max_objects", b"max_objects", "max_objects_total", b"max_objects_total", "max_picture_pixels", b"max_picture_pixels", "max_prompts_per_s", b"max_prompts_per_s", "max_streams", b"max_streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,8 +60,9 @@ class TrackingServiceServicer:
         the frames. When the client closes its side, what was sent is still answered, then the call ends with OK.
 
         A bad prompt is answered with PromptRejected and the stream goes on. Only a broken contract ends the
-        call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: as many streams as the
-        server admits. UNAVAILABLE: warming up or shutting down.
+        call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: a limit, which the message
+        names. UNAVAILABLE: warming up or shutting down. UNAUTHENTICATED or PERMISSION_DENIED: not admitted, or
+        not to that model; the server's log has the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,8 +47,9 @@ class TrackingServiceStub:
     the frames. When the client closes its side, what was sent is still answered, then the call ends with OK.
 
     A bad prompt is answered with PromptRejected and the stream goes on. Only a broken contract ends the
-    call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: as many streams as the
-    server admits. UNAVAILABLE: warming up or shutting down.
+    call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: a limit, which the message
+    names. UNAVAILABLE: warming up or shutting down. UNAUTHENTICATED or PERMISSION_DENIED: not admitted, or
+    not to that model; the server's log has the reason.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_tracking_pb2.GetServerInfoRequest, _tracking_pb2.GetServerInfoResponse]
     """GetServerInfo tells models, limits and load. It needs no stream."""
@@ -67,8 +68,9 @@ class TrackingServiceAsyncStub(TrackingServiceStub):
     the frames. When the client closes its side, what was sent is still answered, then the call ends with OK.
 
     A bad prompt is answered with PromptRejected and the stream goes on. Only a broken contract ends the
-    call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: as many streams as the
-    server admits. UNAVAILABLE: warming up or shutting down.
+    call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: a limit, which the message
+    names. UNAVAILABLE: warming up or shutting down. UNAUTHENTICATED or PERMISSION_DENIED: not admitted, or
+    not to that model; the server's log has the reason.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_tracking_pb2.GetServerInfoRequest, _tracking_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """GetServerInfo tells models, limits and load. It needs no stream."""
@@ -90,8 +92,9 @@ class TrackingServiceServicer(metaclass=_abc_1.ABCMeta):
         the frames. When the client closes its side, what was sent is still answered, then the call ends with OK.
 
         A bad prompt is answered with PromptRejected and the stream goes on. Only a broken contract ends the
-        call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: as many streams as the
-        server admits. UNAVAILABLE: warming up or shutting down.
+        call: INVALID_ARGUMENT. FAILED_PRECONDITION: unknown model. RESOURCE_EXHAUSTED: a limit, which the message
+        names. UNAVAILABLE: warming up or shutting down. UNAUTHENTICATED or PERMISSION_DENIED: not admitted, or
+        not to that model; the server's log has the reason.
         """
 
     @_abc_1.abstractmethod

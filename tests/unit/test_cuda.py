@@ -1,0 +1,236 @@
+"""The GPU's runtime on a CPU: everything but the capture itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import TINY, lively_network
+from trocar_engines.errors import RuntimeUnavailableError
+from trocar_engines.export import example_inputs, stage_functions
+from trocar_engines.masklets import Picture, Prompt
+from trocar_engines.memory.bank import BankConfig
+from trocar_engines.network.config import NETWORKS, HieraConfig, NetworkConfig
+from trocar_engines.network.precision import ISLANDS, halve
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.runtime.cuda import (
+    READ_POINTERS,
+    Capture,
+    CudaRuntime,
+    DeviceShapes,
+    Run,
+    Variant,
+    call_plainly,
+)
+from trocar_engines.runtime.eager import EagerRuntime
+from trocar_engines.runtime.interface import Runtime
+from trocar_engines.tracker import Tracker, TrackerConfig
+
+BANK = BankConfig(recent_slots=2, long_term_slots=2, candidate_iou=0.0, candidate_interval_s=0.0)
+SHAPES = DeviceShapes(pictures=2, rows=4, full_slots=(3, 5), most_slots=BANK.slots - 1)
+SMALL_HIERA = dataclasses.replace(
+    NETWORKS["sam2.1-hiera-tiny"],
+    trunk=HieraConfig(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
+    input_size_px=128,
+    d_model=64,
+    d_memory=16,
+    memory_layers=2,
+    memory_mlp=128,
+)
+# The same float32 arithmetic in batches of other sizes.
+TOLERANCE = 1e-4
+# bfloat16 keeps 8 bits: 0.4% a rounding, some tens of them in a row.
+HALF_TOLERANCE = 0.05
+
+
+def make_runtime(
+    *,
+    dtype: torch.dtype = torch.float32,
+    shapes: DeviceShapes = SHAPES,
+    capture: Capture = call_plainly,
+) -> CudaRuntime:
+    return CudaRuntime(lively_network(), shapes, device="cpu", dtype=dtype, capture=capture)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> CudaRuntime:
+    return make_runtime()
+
+
+def examples(rows: int, slots: int = 2, pointers: int = 3) -> dict[str, tuple[Tensor, ...]]:
+    with torch.inference_mode():
+        return example_inputs(lively_network(), rows=rows, slots=slots, pointers=pointers, points=2)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 6])
+def test_padding_and_splitting_change_no_output(runtime: CudaRuntime, rows: int) -> None:
+    inputs, eager = examples(rows), EagerRuntime(lively_network())
+    pixels = inputs["encode_image"][0]
+    features = eager.encode_image(pixels)
+    for value, expected in zip(runtime.encode_image(pixels), features, strict=True):
+        torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    embedding, *view = inputs["attend_memory"]
+    attended = eager.attend_memory(embedding, MemoryView(*view))
+    for value, expected in zip(runtime.attend_memory(embedding, MemoryView(*view)), attended, strict=True):
+        torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    remembered, token = inputs["track_masks"][-2:]
+    tracked = eager.track_masks(attended[0], features, remembered, token)
+    masks = runtime.track_masks(attended[0], features, remembered, token)
+    for value, expected in zip(masks, tracked, strict=True):
+        torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert tracked.mask_logits.std() > 1e-3
+
+
+def test_full_banks_take_the_graph_without_bias(runtime: CudaRuntime) -> None:
+    embedding, *parts = examples(2, slots=5, pointers=READ_POINTERS)["attend_memory"]
+    view = MemoryView(*parts)
+    plain = runtime.attend_memory(embedding, view)
+    without_bias = runtime.attend_memory(embedding, view, is_full=True)
+    torch.testing.assert_close(without_bias[0], plain[0], atol=TOLERANCE, rtol=TOLERANCE)
+    # A bias that would hide everything but one slot is not read: what ran was the other graph.
+    hiding = view._replace(
+        slot_bias=torch.full_like(view.slot_bias, -1e4).index_fill(1, torch.tensor([0]), 0)
+    )
+    unread = runtime.attend_memory(embedding, hiding, is_full=True)
+    torch.testing.assert_close(unread[0], plain[0], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_outputs_outlive_the_next_call(runtime: CudaRuntime) -> None:
+    first, second = examples(2)["encode_image"][0].split(1)
+    kept = runtime.encode_image(first)
+    before = [maps.clone() for maps in kept]
+    runtime.encode_image(second)
+    assert all(maps.equal(copy) for maps, copy in zip(kept, before, strict=True))
+
+
+def test_every_variant_is_captured_once_and_before_the_first_frame() -> None:
+    runs: list[int] = []
+
+    def count(run: Run) -> Run:
+        index = len(runs)
+        runs.append(0)
+
+        def counted() -> tuple[Tensor, ...]:
+            runs[index] += 1
+            return run()
+
+        return counted
+
+    runtime = make_runtime(capture=count)
+    assert len(runs) == len(set(runtime.variants)) == 2 + 3 * (1 + 2) + 2 * 3
+    assert runtime.variants[0].rows == 4
+    assert sum(runs) == 0
+    runtime.encode_image(examples(1)["encode_image"][0])
+    assert sum(runs) == 1
+    assert runs[runtime.variants.index(Variant("encode_image", 1))] == 1
+
+
+def test_tracker_gives_eagers_masks_through_graphs(runtime: CudaRuntime) -> None:
+    expected, masks = track(EagerRuntime(lively_network())), track(runtime)
+    assert np.std(expected) > 1e-3
+    np.testing.assert_allclose(masks, expected, atol=TOLERANCE)
+
+
+def track(runtime: Runtime) -> np.ndarray:
+    """Masks of two objects over twelve frames: banks that are empty, padded, uneven and full."""
+    tracker = Tracker(runtime, TrackerConfig(rows=2, bank=BANK))
+    stream = tracker.open_stream(BANK, 2)
+    rng = np.random.default_rng(0)
+    size, masks = TINY.input_size_px, []
+    for frame in range(24):
+        pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+        picture = Picture(frame_id=frame, pixels=pixels, width_px=size, height_px=size, time_s=frame / 30)
+        step = tracker.step([stream], [picture])
+        tracker.remember(step)
+        if frame in (0, 3):
+            point = (10.0 + 12 * frame, 30.0)
+            prompt = Prompt(object_id=frame + 1, frame_id=frame, points=(point,), labels=(1,))
+            masks.append(tracker.prompt(stream, prompt).masklet.mask_logits)
+        if frame == 6:
+            painted = np.zeros((size, size), dtype=np.bool_)
+            painted[10:40, 20:50] = True
+            prompt = Prompt(object_id=1, frame_id=frame, mask=painted)
+            masks.append(tracker.prompt(stream, prompt).masklet.mask_logits)
+        masks += [masklet.mask_logits for masklet in step.results[0].masklets]
+    return np.stack(masks)
+
+
+@pytest.mark.parametrize("config", [TINY, SMALL_HIERA], ids=["conv", "hiera"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32_at_every_stage(dtype: torch.dtype, config: NetworkConfig) -> None:
+    network = lively_network(config)
+    with torch.inference_mode():
+        inputs = example_inputs(network, rows=2, slots=5, pointers=READ_POINTERS, points=2)
+        plain, halved = stage_functions(network), stage_functions(halve(network, dtype))
+        for stage, tensors in inputs.items():
+            outputs = zip(plain[stage](*tensors), halved[stage](*tensors), strict=True)
+            errors = [relative(value, expected) for expected, value in outputs if expected.numel()]
+            assert 0 < max(errors) < HALF_TOLERANCE, stage
+
+
+def test_islands_stay_float32() -> None:
+    network = halve(lively_network(), torch.bfloat16)
+    half: set[str] = set()
+    full: set[str] = set()
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            (half if layer.weight.dtype is torch.bfloat16 else full).add(name)
+    assert full == {name for name in half | full if name.startswith(ISLANDS)}
+    assert len(half) > len(full)
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    kept = ("norm", "cos", "sin", "position", "tpos_enc", "vectors", "place")
+    assert all(value.dtype is torch.float32 for name, value in tensors.items() if name.endswith(kept))
+    inputs = examples(1)
+    with torch.inference_mode():
+        decoded = Decoded(*stage_functions(network)["track_masks"](*inputs["track_masks"]))
+    assert {decoded.mask_logits.dtype, decoded.predicted_iou.dtype, decoded.presence_logit.dtype} == {
+        torch.float32
+    }
+
+
+def test_half_leaves_the_network_it_was_given_alone() -> None:
+    network = lively_network()
+    halve(network, torch.bfloat16)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_readback_is_one_tensor_and_equals_what_was_packed(runtime: CudaRuntime) -> None:
+    inputs = examples(3)
+    conditioned, stride_4, stride_8, keys, points, labels, mask, *flags = inputs["decode_prompt"]
+    decoded = runtime.decode_prompt(
+        conditioned,
+        ImageFeatures(conditioned, stride_4, stride_8, keys),
+        PromptTensors(points, labels, mask, flags[0]),
+        flags[1],
+    )
+    for value, expected in zip(runtime.read_back(decoded), decoded, strict=True):
+        assert value.equal(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_refused_with_a_remedy() -> None:
+    with pytest.raises(RuntimeUnavailableError, match="--runtime onnx"):
+        CudaRuntime(lively_network(), SHAPES)
+
+
+def test_network_too_large_for_the_device_is_refused_with_a_remedy() -> None:
+    def fail(run: Run) -> Run:
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    with pytest.raises(RuntimeUnavailableError, match=r"does not fit.*smaller --max-streams"):
+        make_runtime(capture=fail)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_captured_graphs_give_eagers_masks() -> None:
+    expected = track(EagerRuntime(lively_network()))
+    on_gpu = track(CudaRuntime(lively_network(), SHAPES, dtype=torch.float32))
+    # Convolutions on a GPU round to TF32.
+    np.testing.assert_allclose(on_gpu, expected, atol=0.1)
