@@ -324,7 +324,8 @@ class StreamCore:
     _is_catching_up: bool = False
     _resent_up_to: int = -1
     _reprompts: dict[int, int] = field(default_factory=dict)
-    _asked: set[int] = field(default_factory=set)
+    _asked: dict[int, float] = field(default_factory=dict)
+    _has_picture: bool = False
     _own_events: list[Event] = field(default_factory=list)
     _futile_resumptions: int = 0
     _dropped_before: int = 0
@@ -360,12 +361,24 @@ class StreamCore:
         self._listening_since_s = None
 
     def is_server_silent(self, silence_s: float) -> bool:
-        """Tell whether frames are owed and nothing came for so long, while somebody was listening."""
+        """Tell whether an answer is owed and nothing came for so long, while somebody was listening."""
         with self._lock:
-            listening_s, owed_s = self._listening_since_s, next(iter(self._on_the_way.values()), None)
-            if listening_s is None or owed_s is None:
+            owed = list(self._on_the_way.values())[:1]
+            if self._awaits_objects:
+                owed += list(self._asked.values())[:1]
+            if self._listening_since_s is None or not owed:
                 return False
-            return self.clock() - max(listening_s, owed_s) > silence_s
+            return self.clock() - max(self._listening_since_s, min(owed)) > silence_s
+
+    @property
+    def _awaits_objects(self) -> bool:
+        """Whether frames wait until masks that were sent again are answered.
+
+        Not when each frame so far was lost: a server keeps prompts until it has a picture, and refuses them
+        when they are for an earlier frame. Only what is held back can bring one.
+        """
+        can_be_answered = self._has_picture or bool(self._on_the_way)
+        return self._is_catching_up and bool(self._asked) and can_be_answered
 
     @property
     def is_leaving(self) -> bool:
@@ -403,11 +416,11 @@ class StreamCore:
             frame_id, message = self._waiting[0]
             if frame_id is None:
                 if message.prompt.prompt_id in self._reprompts:
-                    self._asked.add(message.prompt.prompt_id)
+                    self._asked[message.prompt.prompt_id] = self.clock()
             else:
                 # An object's frame must find room in the server's queues, else it cannot be prompted on.
-                is_full = len(self._on_the_way) >= CATCH_UP_WINDOW_FRAMES or bool(self._asked)
-                if self._is_catching_up and is_full:
+                is_full = self._is_catching_up and len(self._on_the_way) >= CATCH_UP_WINDOW_FRAMES
+                if is_full or self._awaits_objects:
                     return None
                 self._on_the_way[frame_id] = self.clock()
             self._waiting.popleft()
@@ -451,7 +464,7 @@ class StreamCore:
             self._reprompts.clear()
             self._asked.clear()
             self._waiting = deque(self._list_again())
-            self._is_catching_up = True
+            self._is_catching_up, self._has_picture = True, False
             self._resent_up_to = self._next_frame_id - 1
             kept = {frame_id for frame_id, _ in self._waiting if frame_id is not None}
             outage.replayed_frames = len(kept)
@@ -613,6 +626,7 @@ class StreamCore:
         dropped = tuple(self._keep_new(result.dropped_frame_ids))
         self._swallowed_drops += len(result.dropped_frame_ids) - len(dropped)
         self._settle([result.frame_id, *result.dropped_frame_ids])
+        self._has_picture = True
         self._dropped_total = self._dropped_before + result.dropped_frames_total - self._swallowed_drops
         if is_known:
             # Drops that nobody has heard of ride on the next result.
@@ -645,7 +659,7 @@ class StreamCore:
         return [one for one in frame_ids if one > self._resent_up_to or one in self._unanswered]
 
     def _read_accepted(self, accepted: pb.PromptAccepted) -> PromptAccepted | None:
-        self._asked.discard(accepted.prompt_id)
+        self._asked.pop(accepted.prompt_id, None)
         if self._reprompts.pop(accepted.prompt_id, None) is not None:
             return None
         tracked = _read_object(accepted.masklet)
@@ -659,7 +673,7 @@ class StreamCore:
         return PromptAccepted(prompt=prompt, frame_id=accepted.frame_id, tracked=tracked)
 
     def _read_rejected(self, rejected: pb.PromptRejected) -> PromptRejected | Notice:
-        self._asked.discard(rejected.prompt_id)
+        self._asked.pop(rejected.prompt_id, None)
         object_id = self._reprompts.pop(rejected.prompt_id, None)
         if object_id is not None:
             self._objects.forget(object_id, next_frame_id=self._next_frame_id)

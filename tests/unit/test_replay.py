@@ -11,6 +11,7 @@ from trocar.client_core import (
     CATCH_UP_WINDOW_FRAMES,
     END,
     MOST_FUTILE_RESUMPTIONS,
+    OBJECT_LOST,
     Frame,
     Notice,
     PromptRejected,
@@ -277,6 +278,54 @@ def test_new_frame_waits_until_the_objects_are_there_again() -> None:
     accepted = pb.PromptAccepted(prompt_id=prompt_id, frame_id=2, masklet=masklet(1, 2))
     peer.core.read(pb.TrackResponse(prompt_accepted=accepted))
     assert describe(peer.take()) == ["3"]
+
+
+def lose(peer: Peer, *frame_ids: int) -> None:
+    warning = pb.StreamWarning(reason=pb.WARNING_REASON_UNDECODABLE, lost_frame_ids=frame_ids)
+    peer.core.read(pb.TrackResponse(stream_warning=warning))
+
+
+def test_new_frame_goes_out_when_no_repeated_frame_gives_a_picture() -> None:
+    peer = Peer()
+    peer.send(range(3))
+    peer.answer(0)
+    peer.prompt(1, 0)
+    for frame_id in (1, 2):
+        peer.answer(frame_id, visible=[1])
+    peer.core.rewind("b:1")
+    peer.reopen()
+    asked = peer.take()
+    assert describe(asked) == ["0", "1", "2", "p1"]
+    peer.core.write(Frame(payload=KEYFRAME, frame_id=3))
+    lose(peer, 0, 1)
+    assert peer.take() == [], "frame 2 may still give a picture"
+    lose(peer, 2)
+    peer.core.begin_listening()
+    peer.clock.now_s += 60
+    assert not peer.core.is_server_silent(10), "it is the camera's turn"
+    assert describe(peer.take()) == ["3"], "nothing else would ever answer the mask"
+    peer.answer(3)
+    prompt_id = asked[-1].prompt.prompt_id
+    rejected = pb.PromptRejected(prompt_id=prompt_id, message="frame 2 is none of the pictures at hand")
+    notice = peer.core.read(pb.TrackResponse(prompt_rejected=rejected))
+    assert isinstance(notice, Notice)
+    assert notice.reason == OBJECT_LOST
+
+
+def test_server_that_leaves_a_repeated_mask_unanswered_is_silent() -> None:
+    peer = Peer()
+    peer.send(range(1))
+    peer.prompt(1, 0)
+    peer.answer(0)
+    peer.core.rewind("b:1")
+    peer.reopen()
+    assert describe(peer.take()) == ["0", "p1"]
+    peer.answer(0)
+    peer.core.begin_listening()
+    peer.clock.now_s += 9
+    assert not peer.core.is_server_silent(10)
+    peer.clock.now_s += 2
+    assert peer.core.is_server_silent(10), "new frames wait for it, and nothing else is owed"
 
 
 def test_unanswered_prompt_is_asked_again_and_one_on_a_lost_frame_is_rejected() -> None:

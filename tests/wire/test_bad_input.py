@@ -324,6 +324,18 @@ async def test_prompt_without_any_frame_is_rejected(call: Call) -> None:
     assert "frame 0 never came" in rejection.message
 
 
+async def test_prompt_on_a_lost_frame_before_the_first_picture_is_rejected_with_it(call: Call) -> None:
+    packets = encode_clip(draw_frames(2), keyframe_interval=1)
+    await call.open()
+    await call.frame(0, garble(packets[0]))
+    await call.prompt_red(0)
+    await call.frame(1, packets[1])
+    responses = await call.read_rest()
+    (rejection,) = rejections_of(responses)
+    assert rejection.reason == UNKNOWN
+    assert [len(result.masklets) for result in results_of(responses)] == [0]
+
+
 async def test_object_beyond_the_limit_is_rejected_for_capacity(call: Call) -> None:
     await call.open(settings=pb.OpenStream(max_objects=1))
     await call.frame(0, encode_clip(draw_frames(1))[0])
