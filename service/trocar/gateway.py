@@ -224,7 +224,13 @@ class Screen:
                 told_s = time.monotonic()
                 loop.call_soon_threadsafe(lambda: self._tell(type="preparing", done=done, total=total))
 
-        return await asyncio.to_thread(entry.open, tell)
+        opening = asyncio.ensure_future(asyncio.to_thread(entry.open, tell))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The page left meanwhile, and the thread cannot be stopped: nobody else would close it.
+            opening.add_done_callback(_close_opened)
+            raise
 
     async def _stop(self) -> None:
         if self._playing is not None:
@@ -232,6 +238,11 @@ class Screen:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._playing
             self._playing = None
+
+
+def _close_opened(opening: "asyncio.Future[Source]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _now_ms() -> float:

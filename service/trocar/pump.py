@@ -20,7 +20,7 @@ class SourcePump:
     """Reads a source in a thread, at its own speed, and hands its frames to the event loop.
 
     Args:
-        source: closed when the pump ends.
+        source: closed when the pump ends, or is stopped before it ran.
         page_codec: what the page decodes.
         take: called on the loop with a frame, what the page gets of it, and when it was due, ms.
     """
@@ -32,6 +32,7 @@ class SourcePump:
         self._page_codec = page_codec
         self._take = take
         self._loop = asyncio.get_running_loop()
+        self._is_started = False
         self._stopping = threading.Event()
         self._decoder: PacketDecoder | None = None
 
@@ -41,13 +42,17 @@ class SourcePump:
         Raises:
             SourceError: it became unreadable.
         """
+        self._is_started = True
         ended: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, args=(ended,), name="trocar-source", daemon=True).start()
         await ended
 
     def stop(self) -> None:
-        """Read no more; the thread closes the source on its way out."""
+        """Read no more; the thread closes the source on its way out, or another one where none runs."""
         self._stopping.set()
+        if not self._is_started:
+            # A camera may take its time over a farewell.
+            threading.Thread(target=self._source.close, name="trocar-source", daemon=True).start()
 
     def _work(self, ended: "asyncio.Future[None]") -> None:
         failure: Exception | None = None

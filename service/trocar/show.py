@@ -87,7 +87,7 @@ class Show:
         backstage: what outlives the show.
         outbox: to the page.
         start: what the page asked for.
-        source: on this side; None when the page sends frames.
+        source: on this side, closed when `run` ends; None when the page sends frames.
         can_decode: the page decodes H.264.
     """
 
@@ -144,14 +144,20 @@ class Show:
             first_frame=self._lifeline.next_frame_id,
             objects=list(self._lifeline.object_ids),
         )
+        pump = (
+            None if self._source is None else SourcePump(self._source, self._page_codec, self._take_picture)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._link.run())
-                if self._source is not None:
-                    tasks.create_task(self._pump(self._source))
+                if pump is not None:
+                    tasks.create_task(self._pump(pump))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
+            # Here, since a task that is cancelled before it began runs none of its lines.
+            if pump is not None:
+                pump.stop()
             self._backstage.keep_lifeline(self._source_id, self._lifeline)
 
     def take(self, header: dict[str, Any], blob: bytes) -> None:
@@ -218,14 +224,10 @@ class Show:
             message="The network is slow and pictures are missing: use a cable, or go nearer to the antenna.",
         )
 
-    async def _pump(self, source: Source) -> None:
+    async def _pump(self, pump: SourcePump) -> None:
         # The first frame is a keyframe: without a server to take it, the next one would be waited for.
         await self._is_link_known.wait()
-        pump = SourcePump(source, self._page_codec, self._take_picture)
-        try:
-            await pump.run()
-        finally:
-            pump.stop()
+        await pump.run()
         self._tell(type="ended", message=f"{self._label} has ended.")
 
     def _take_prompt(self, header: dict[str, Any], blob: bytes) -> None:

@@ -212,6 +212,43 @@ def test_refused_prompt_tells_why(ui: UiServer) -> None:
         assert (rejected["seq"], rejected["object"], rejected["reason"]) == (3, 1, "invalid_prompt")
 
 
+class WatchedSource(OperationSource):
+    def __init__(self) -> None:
+        super().__init__(tuple(encode_clip(draw_frames(2))), WIDTH_PX, HEIGHT_PX)
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        self.is_closed.set()
+
+
+@pytest.mark.parametrize("word", ["preparing", "ready"])
+def test_source_is_closed_when_the_page_stops_before_it_plays(tmp_path: Path, word: str) -> None:
+    source, may_open = WatchedSource(), threading.Event()
+
+    def open_slowly(report: Callable[[int, int], None]) -> Source:
+        report(0, 1)
+        assert may_open.wait(TIMEOUT_S)
+        return source
+
+    slow = SourceEntry(source_id="slow", label="slow", kind="camera", open=open_slowly)
+    with ExitStack() as resources:
+        # It answers nothing: for some seconds nobody knows whether there is a server.
+        silent = resources.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        ui = UiServer(UiConfig(address="127.0.0.1:0", cache=tmp_path), address, tmp_path, (slow,))
+        resources.enter_context(contextmanager(run)(ui))
+        page = resources.enter_context(PageSide(ui))
+        if word == "ready":
+            may_open.set()
+        page.send({"type": "start", "source": "slow"})
+        page.read_until(word)
+        page.send({"type": "stop"})
+        page.send({"type": "ping", "t": 0})
+        page.read_until("pong")
+        may_open.set()
+        assert source.is_closed.wait(TIMEOUT_S)
+
+
 def test_broken_source_is_told_and_another_may_be_chosen(ui: UiServer) -> None:
     with PageSide(ui) as page:
         page.send({"type": "start", "source": "broken"})
