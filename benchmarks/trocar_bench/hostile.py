@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from trocar.cli import add_engine_options, read_engine_options
+from trocar.cli import add_engine_options, allow_many_files, read_engine_options
 from trocar.client import connect
 from trocar.client_core import Event, Notice, Reconnect, Result, StreamOptions
 from trocar.config import Access
@@ -70,6 +70,8 @@ SHARE_OF_FILES = 0.05
 LORIS_CONNECTIONS = 200
 RESETTING_CONNECTIONS = 4
 SERVER_STREAMS = 8
+OWN_FILES = 64
+"""Of an attacker's process, besides its connections."""
 SETTLE_S = 2.0
 """Between an attack and the next measurement, and for the last results of one."""
 READ_MEMORY_EVERY_S = 0.25
@@ -117,7 +119,7 @@ class Patient:
             self._received_ns[event.frame_id] = round(now_s * 1e9)
             self._service_ns[event.frame_id] = event.service_latency_ns
 
-    def describe(self, due_ns: Sequence[int], begin_s: float, end_s: float) -> Health:
+    def describe(self, due_ns: Sequence[int], begin_s: float, end_s: float) -> Health | None:
         """Sum up the frames that were due in between.
 
         Args:
@@ -125,8 +127,8 @@ class Patient:
             begin_s: monotonic.
             end_s: monotonic.
 
-        Raises:
-            TrocarError: there is no result at all.
+        Returns:
+            None when there is no result at all.
         """
         known = min(len(due_ns), len(self._received_ns))
         due = np.array(due_ns[:])
@@ -137,7 +139,7 @@ class Patient:
         is_due = (due >= begin_s * 1e9) & (due < end_s * 1e9)
         is_answered = is_due & (received > 0)
         if not is_answered.any():
-            raise TrocarError("the honest stream got no result at all")
+            return None
         latency_ms = (received - due)[is_answered] / 1e6
         return Health(
             frames=int(is_due.sum()),
@@ -210,9 +212,12 @@ class HostileBench:
         """Attack, and measure.
 
         Raises:
-            TrocarError: the server does not start, or the honest stream does not.
+            TrocarError: the server does not start, the honest stream does not, or the system allows too few
+                open files for the attack.
         """
         options = self._options
+        peers = (attack.count for attack in self._list_attacks() if not attack.is_counted)
+        check_files(max(peers, default=0), allow_many_files())
         footage = render_footage(*options.resolution, on_frame=lambda: None)
         with ExitStack() as resources:
             server = resources.enter_context(ServeProcess(self._request_server(resources)))
@@ -281,23 +286,23 @@ class HostileBench:
                 attacker.stdout.readline()
                 began_s = time.perf_counter()
                 memory = MemoryWatch(ProcessMeter(server.pid))
-                outcome = self._follow(attack, attacker, server)
+                outcome = self._follow(attack, attacker, server, live)
             finally:
                 attacker.kill()
                 if memory is not None:
                     memory.close()
         ended_s = time.perf_counter()
         time.sleep(SETTLE_S)
-        alone = patient.describe(live.due_ns, alone_s, not_alone_s)
-        beside = patient.describe(live.due_ns, began_s, ended_s)
         figures = compare_memory(memory.readings_mb)
         return {
-            **outcome,
+            **describe_attack(
+                attack,
+                outcome,
+                alone=patient.describe(live.due_ns, alone_s, not_alone_s),
+                beside=patient.describe(live.due_ns, began_s, ended_s),
+                exit_code=server.exit_code,
+            ),
             "seconds": round(ended_s - began_s, 1),
-            "alone": asdict(alone),
-            "beside": asdict(beside),
-            "p99_ratio": round(beside.p99_ms / alone.p99_ms, 2),
-            "p99_ratio_target": LARGEST_RATIOS.get(attack.kind, OTHER_RATIO),
             "rss": None if figures is None else figures._asdict(),
         }
 
@@ -311,17 +316,17 @@ class HostileBench:
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def _follow(
-        self, attack: Onslaught, attacker: "subprocess.Popen[str]", server: ServeProcess
+        self, attack: Onslaught, attacker: "subprocess.Popen[str]", server: ServeProcess, live: LiveStream
     ) -> dict[str, Any]:
-        """Wait for an attacker's last word, telling how far it is."""
+        """Wait for an attacker's last word, telling how far it is; no longer than there is what to attack."""
         assert attacker.stdout is not None
         began_s = told_s = time.monotonic()
         for line in attacker.stdout:
             content: dict[str, Any] = json.loads(line)
             if "done" not in content:
                 return content
-            if not server.is_running:
-                return {"counts": content, "first_findings": ["the server's process ended"]}
+            if not server.is_running or live.is_over:
+                return {"counts": content, "first_findings": []}
             if attack.is_counted and time.monotonic() - told_s >= self._options.progress:
                 told_s = time.monotonic()
                 self._say(_write_progress(content["done"], attack.count, told_s - began_s))
@@ -343,6 +348,51 @@ class HostileBench:
             module="trocar_bench.light_serve" if options.light else "trocar.cli",
             flags=tuple(flags),
         )
+
+
+def check_files(connections: int, allowed: int) -> None:
+    """See that an attacker can hold so many connections.
+
+    Raises:
+        TrocarError: it cannot, and its own failures would look like the server's.
+    """
+    if connections + OWN_FILES > allowed:
+        raise TrocarError(
+            f"{connections} connections need {connections + OWN_FILES} open files and the system allows "
+            f"{allowed}: raise the hard limit (ulimit -Hn), or attack with {max(allowed - OWN_FILES, 0)}"
+        )
+
+
+def describe_attack(
+    attack: Onslaught,
+    outcome: dict[str, Any],
+    *,
+    alone: Health | None,
+    beside: Health | None,
+    exit_code: int | None,
+) -> dict[str, Any]:
+    """The figures of one attack, whatever it has left of the server.
+
+    Args:
+        attack: as asked for.
+        outcome: the attacker's counts and findings.
+        alone: the honest stream before; None when it got nothing.
+        beside: the honest stream meanwhile; likewise.
+        exit_code: of the server's process; None while it runs.
+    """
+    findings = list(outcome["first_findings"])
+    if exit_code is not None:
+        findings.append(f"the server's process ended: exit code {exit_code}")
+    if alone is None or beside is None:
+        findings.append("the honest stream got no result at all")
+    return {
+        **outcome,
+        "first_findings": findings,
+        "alone": alone and asdict(alone),
+        "beside": beside and asdict(beside),
+        "p99_ratio": round(beside.p99_ms / alone.p99_ms, 2) if alone and beside else None,
+        "p99_ratio_target": LARGEST_RATIOS.get(attack.kind, OTHER_RATIO),
+    }
 
 
 def _write_progress(done: int, total: int, seconds: float) -> str:

@@ -98,9 +98,14 @@ class ServeProcess:
         return self._process.pid
 
     @property
+    def exit_code(self) -> int | None:
+        """Of its process, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    @property
     def is_running(self) -> bool:
         """Whether its process has not ended."""
-        return self._process.poll() is None
+        return self.exit_code is None
 
     def __enter__(self) -> Self:
         self._began_s = time.perf_counter()

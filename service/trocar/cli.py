@@ -398,7 +398,7 @@ def _serve(options: argparse.Namespace) -> int:
     from trocar.config import ServerConfig
 
     _log_as_server(options)
-    _allow_many_connections()
+    allow_many_files()
     settings = {field.name for field in fields(ServerConfig)} & vars(options).keys()
     config = ServerConfig(tls=_read_tls_files(options), **{name: getattr(options, name) for name in settings})
     # One place more than streams: for the look at the device that health asks for.
@@ -421,13 +421,19 @@ def _serve(options: argparse.Namespace) -> int:
     return 0 if is_healthy else EXIT_DEVICE_FAILURE
 
 
-def _allow_many_connections() -> None:
-    """Open as many files as the system lets us: 1,024 idle peers would else keep everybody out."""
+def allow_many_files() -> int:
+    """Open as many files as the system lets us: 1,024 idle peers would else keep everybody out.
+
+    Returns:
+        how many.
+    """
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # a kernel may have a bound of its own
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed
 
 
 def _log_as_server(options: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
 """Attacks on a server whose tracker computes nothing: the short form of `python -m trocar_bench.hostile`."""
 
 import json
+from typing import Any
 
 import pytest
 
-from trocar_bench.hostile import main
+from trocar_bench.hostile import HostileBench, Onslaught, main
 
 SHORT = ("--light", "--resolution", "160x90", "--alone", "1", "--seconds", "2")
 
@@ -20,6 +21,24 @@ def test_thousand_malformed_messages_and_files_are_refused_and_the_server_lives(
     assert counts["done"] >= 1_000
     assert {"packets.OK", "prompts.OK", "junk.INVALID_ARGUMENT", "http2"} <= counts.keys()
     assert attacks_told["files"]["counts"]["refused"] == 50
+
+
+@pytest.mark.slow
+def test_server_that_dies_in_an_attack_is_a_finding_beside_the_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill_and_follow(bench: HostileBench, attack: Onslaught, attacker: Any, server: Any, live: Any) -> Any:
+        server.kill()
+        return follow(bench, attack, attacker, server, live)
+
+    follow = HostileBench._follow
+    monkeypatch.setattr(HostileBench, "_follow", kill_and_follow)
+    assert main((*SHORT, "--attack", "loris", "--attack", "connections")) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["server_died"]
+    assert list(told["attacks"]) == ["loris"]
+    assert told["attacks"]["loris"]["alone"]["frames"] > 0
+    assert "exit code -9" in told["attacks"]["loris"]["first_findings"][0]
 
 
 @pytest.mark.slow

@@ -1,10 +1,20 @@
+import resource
 from itertools import islice
 
 import pytest
 
 from results import result
+from trocar.cli import allow_many_files
 from trocar.client_core import Notice
-from trocar_bench.hostile import Patient, is_good
+from trocar_bench.hostile import (
+    OWN_FILES,
+    Health,
+    Onslaught,
+    Patient,
+    check_files,
+    describe_attack,
+    is_good,
+)
 from trocar_bench.malformed import Mutator
 from trocar_bench.process_meter import compare_memory
 from trocar_engines.errors import TrocarError
@@ -29,10 +39,10 @@ def test_latency_counts_from_when_a_frame_was_due_and_missing_results_are_lost()
     for frame_id, received_s in ((0, 0.5), (1, 1.01), (3, 3.03)):
         patient.take(result(frame_id), received_s)
     health = patient.describe(due_ns, 1.0, 4.0)
+    assert health is not None
     assert (health.frames, health.lost) == (3, 1)
     assert health.p50_ms == pytest.approx(20, abs=0.1)
-    with pytest.raises(TrocarError, match="no result"):
-        patient.describe(due_ns, 4.0, 5.0)
+    assert patient.describe(due_ns, 4.0, 5.0) is None
 
 
 def test_notices_are_kept() -> None:
@@ -46,6 +56,33 @@ def test_memory_is_compared_from_after_the_warm_up() -> None:
     assert figures is not None
     assert figures.growth_percent == 10.0
     assert compare_memory([100.0] * 20) is None, "too few"
+
+
+def test_death_is_a_finding_beside_what_was_measured() -> None:
+    attack = Onslaught(kind="loris", count=200, is_counted=False)
+    health = Health(frames=30, p50_ms=1.0, p99_ms=2.0, service_p99_ms=1.0, lost=0)
+    outcome = {"counts": {"opened": 7}, "first_findings": []}
+    told = describe_attack(attack, outcome, alone=health, beside=None, exit_code=-9)
+    assert told["counts"] == {"opened": 7}
+    assert (told["alone"]["p99_ms"], told["beside"], told["p99_ratio"]) == (2.0, None, None)
+    assert "exit code -9" in told["first_findings"][0]
+    survived = describe_attack(attack, outcome, alone=health, beside=health, exit_code=None)
+    assert (survived["first_findings"], survived["p99_ratio"]) == ([], 1.0)
+
+
+def test_too_few_open_files_are_told_before_the_attack() -> None:
+    check_files(1_000, 1_024 + OWN_FILES)
+    with pytest.raises(TrocarError, match="3000 connections need 3064 open files and the system allows 1024"):
+        check_files(3_000, 1_024)
+
+
+def test_soft_limit_of_files_is_raised_to_the_hard_one() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] - 1, limits[1]))
+        assert allow_many_files() == limits[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_finding_or_a_death_is_not_good() -> None:
