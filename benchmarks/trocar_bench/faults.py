@@ -6,9 +6,10 @@ server that has the stream is killed with SIGKILL, at another moment between two
 started anew once the stream goes on with the other one.
 
 The gap is the time between the last result before and the first new one after: what a surgeon sees as frozen
-masks. Its parts, each with its median in the last line:
+masks. Its parts, each with its mean in the last line, so that they add up to the mean gap:
 
-- `before`: from the last result to the kill; the next one would have come within a frame's time anyway;
+- `before`: from the last result to the kill, none when that result was still under way; the next one would
+  have come within a frame's time anyway;
 - `notice`: until the client knows, a reset connection on loopback, on a network the watchdogs' seconds;
 - `open`: until the other server has opened the stream;
 - `catch_up`: decoding again from the last keyframe on, prompting each object with its last good mask, and
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -81,12 +83,12 @@ class FaultTally:
     unsent_frames: int = 0
     dropped_frames: int = 0
     _killed_s: float = 0.0
-    _resumed_s: float | None = None
+    _resumed: tuple[float, float] | None = None
+    """When the client knew of the fault, and when another server had opened the stream."""
 
     def note_kill(self, now_s: float) -> None:
         """Note that the server was killed."""
         self._killed_s = now_s
-        self._add_part("before", now_s - self.last_result_s)
 
     def take(self, event: Event, now_s: float) -> None:
         """Count an event."""
@@ -94,9 +96,7 @@ class FaultTally:
             case Result():
                 self._take_result(event, now_s)
             case Resumed():
-                self._resumed_s = now_s
-                self._add_part("notice", now_s - event.outage_s - self._killed_s)
-                self._add_part("open", event.outage_s)
+                self._resumed = now_s - event.outage_s, now_s
                 self.replayed_frames.append(event.replayed_frames)
                 self.lost_object_ids += event.lost_object_ids
                 self.lost_frames += len(event.lost_frame_ids)
@@ -110,8 +110,16 @@ class FaultTally:
             case _:
                 return
 
-    def _add_part(self, part: str, seconds: float) -> None:
-        self.parts_s[part].append(seconds)
+    def _add_gap(self, resumed: tuple[float, float], now_s: float) -> None:
+        """Cut the time without results at the moments in between: so its parts add up to it."""
+        cuts = [self.last_result_s]
+        for moment_s in (self._killed_s, *resumed):
+            # A result that was under way when its server was killed comes after that.
+            cuts.append(max(moment_s, cuts[-1]))
+        cuts.append(now_s)
+        self.gaps_s.append(now_s - self.last_result_s)
+        for part, (begin_s, end_s) in zip(GAP_PARTS, pairwise(cuts), strict=True):
+            self.parts_s[part].append(end_s - begin_s)
 
     def _take_result(self, result: Result, now_s: float) -> None:
         self.results += 1
@@ -119,10 +127,9 @@ class FaultTally:
         self.dropped_frames += len(result.dropped_frame_ids)
         is_first_of_all = self.last_frame_id < 0
         self.last_frame_id = max(self.last_frame_id, result.frame_id)
-        if self._resumed_s is not None:
-            self._add_part("catch_up", now_s - self._resumed_s)
-            self._resumed_s = None
-            self.gaps_s.append(now_s - self.last_result_s)
+        if self._resumed is not None:
+            self._add_gap(self._resumed, now_s)
+            self._resumed = None
         self.last_result_s = now_s
         if self.accepted == self.objects and not is_first_of_all:
             ids = {tracked.object_id for tracked in result.objects}
@@ -215,9 +222,13 @@ def describe(tally: FaultTally, kills: int) -> dict[str, object]:
     return {
         "kills": kills,
         "resumed": len(tally.gaps_s),
-        "gap_ms": {"p50": round(float(np.median(gaps_ms)), 1), "max": round(float(gaps_ms.max()), 1)},
+        "gap_ms": {
+            "mean": round(float(gaps_ms.mean()), 1),
+            "p50": round(float(np.median(gaps_ms)), 1),
+            "max": round(float(gaps_ms.max()), 1),
+        },
         "gap_parts_ms": {
-            part: round(float(np.median(seconds)) * 1e3, 1) for part, seconds in tally.parts_s.items()
+            part: round(float(np.mean(seconds)) * 1e3, 1) for part, seconds in tally.parts_s.items()
         },
         "replayed_frames": round(float(np.median(tally.replayed_frames)), 1),
         "results": tally.results,
