@@ -1,6 +1,7 @@
 """The gRPC server: calls to sessions, errors to status codes, admission, health, reflection, shutdown."""
 
 import asyncio
+import inspect
 import itertools
 import logging
 import signal
@@ -340,7 +341,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
 class MessageGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses bytes that are no message as the client's fault; gRPC itself says UNKNOWN and logs a traceback.
 
-    For methods that take one message; `next_request` does it for Track.
+    For health, reflection and questions; `next_request` does it for Track.
     """
 
     async def intercept_service(
@@ -350,17 +351,41 @@ class MessageGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler:
         """Read the message inside the call, where a fault can be answered."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
+        if handler is None or handler.request_deserializer is None:
             return handler
+        write = handler.response_serializer
+        if inspect.isasyncgenfunction(handler.stream_stream):
+            reply = _guard_stream(handler)
+            return grpc.stream_stream_rpc_method_handler(reply, handler.request_deserializer, write)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(_guard(handler, handler.unary_unary), None, write)
+        if inspect.iscoroutinefunction(handler.unary_stream):
+            return grpc.unary_stream_rpc_method_handler(_guard(handler, handler.unary_stream), None, write)
+        return handler
 
-        async def answer(data: bytes, context: aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                request = handler.request_deserializer(data)
-            except DecodeError:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return await handler.unary_unary(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+def _guard(handler: Handler, method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
+    async def answer(data: bytes, context: aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            request = handler.request_deserializer(data)
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+        return await method(request, context)
+
+    return answer
+
+
+def _guard_stream(handler: Handler) -> Callable[[Any, Any], Any]:
+    async def answer(
+        requests: AsyncIterator[Any], context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        try:
+            async for response in handler.stream_stream(requests, context):
+                yield response
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+
+    return answer
 
 
 class TrackingServer:

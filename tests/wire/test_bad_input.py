@@ -80,6 +80,20 @@ async def test_question_that_is_no_message_is_refused(channel: aio.Channel, meth
 
 
 @pytest.mark.parametrize(
+    "method",
+    ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/grpc.health.v1.Health/Watch"],
+)
+async def test_question_with_many_answers_that_is_no_message_is_refused(
+    channel: aio.Channel, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = channel.stream_stream(method)()  # type: ignore[call-arg]
+    await call.write(b"\xff\xff\xff")
+    await call.done_writing()
+    assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
     ("message", "words"),
     [
         (pb.OpenStream(), ["codec", "H264_ANNEX_B"]),

@@ -277,6 +277,9 @@ async def test_health_serves_only_after_warm_up(scheduler: FakeScheduler, config
         await server.warm_up()
         assert scheduler.is_warm
         assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        watching = health.Watch(request)
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
     await server.stop()
 
 
