@@ -383,10 +383,14 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         "requests per second and stream that are read; EVERY frames do not count",
         float,
     )
+    add("--max-waiting-packets", "packets of a live H.264 or HEVC stream that may wait for the decoder")
     add("--max-idle-s", "seconds without a request after which a stream ends", float)
     add("--max-unread-s", "seconds for which a client may leave results unread", float)
     add("--max-decode-s", "seconds for decoding one packet", float)
     add("--max-device-s", "seconds for one step of the device; beyond, the server ends", float)
+    add("--health-interval-s", "seconds between two looks at the device", float)
+    add("--keepalive-time-s", "seconds of silence after which a peer is pinged", float)
+    add("--keepalive-timeout-s", "seconds after which a peer that leaves a ping unanswered is gone", float)
     add("--drain-s", "seconds for open streams after SIGTERM", float, setting="shutdown_grace_s")
     add_engine_options(parser)
 

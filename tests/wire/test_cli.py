@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from trocar.cli import EngineOptions, main
+from trocar.config import ServerConfig
 from trocar.local import LocalServer
 from trocar_engines.masklets import UInt8Array
 from wire.clips import HEIGHT_PX, WIDTH_PX, disc_center, draw_frames, encode_clip, encode_jpeg
@@ -324,6 +326,15 @@ def test_help_teaches_by_example_and_loads_no_model(capsys: pytest.CaptureFixtur
     assert "trocar track clip.mp4 --point 640,360 --out results" in done.stdout
     assert run("track", "--help") == 0
     assert "--object 2" in capsys.readouterr().out
+
+
+def test_every_setting_of_a_server_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    other_names = {"tls": "--tls-certificate", "shutdown_grace_s": "--drain-s"}
+    assert run("serve", "--help") == 0
+    told = capsys.readouterr().out
+    for field in fields(ServerConfig):
+        flag = other_names.get(field.name, "--" + field.name.replace("_", "-"))
+        assert f"  {flag} " in told, field.name
 
 
 def test_serve_on_an_address_that_others_reach_needs_insecure(capsys: pytest.CaptureFixture[str]) -> None:
