@@ -6,6 +6,7 @@ with the masks as prompts on their own frames, then the live picture. Only this 
 the client itself resumes streams, it can go.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from trocar_engines.masklets import ObjectState, Prompt
 
 LONGEST_RUN = 300
 """Packets from one keyframe on that are kept: 10 s at 30 frames/s. A longer run is not worth replaying."""
+RECENT_BYTES = 256 << 20
+"""Of frames whose results may still come: 20 of raw 4K, where the longest run would have 3.7 GB."""
 
 
 @dataclass(eq=False)
@@ -36,12 +39,13 @@ class _Anchor:
 class Lifeline:
     """Keeps what `replay` needs: bounded by the objects, one run of packets each at most.
 
-    Not thread safe.
+    Besides what was sent last, for results to come. Not thread safe.
     """
 
     def __init__(self) -> None:
         self._run = _Run(is_broken=True)
-        self._runs_by_frame: dict[int, _Run] = {}
+        self._recent: deque[tuple[Frame, _Run]] = deque()
+        self._recent_bytes = 0
         self._anchors: dict[int, _Anchor] = {}
         self._wanted: set[int] = set()
         self.next_frame_id = 0
@@ -65,14 +69,20 @@ class Lifeline:
         assert frame.frame_id is not None
         if is_keyframe:
             self._run = _Run()
-            # Results that are still to come may belong to the run before: one is enough.
-            self._runs_by_frame = dict(list(self._runs_by_frame.items())[-LONGEST_RUN:])
         elif len(self._run.frames) >= LONGEST_RUN or frame.frame_id != self.next_frame_id:
             self._run.is_broken = True
         self.next_frame_id = frame.frame_id + 1
         if not self._run.is_broken:
             self._run.frames.append(frame)
-            self._runs_by_frame[frame.frame_id] = self._run
+            self._note_recent(frame)
+
+    def _note_recent(self, frame: Frame) -> None:
+        """Find the frame's run when its result comes, which may be after the next keyframe."""
+        self._recent.append((frame, self._run))
+        self._recent_bytes += len(frame.payload)
+        while len(self._recent) > LONGEST_RUN or self._recent_bytes > RECENT_BYTES:
+            oldest, _ = self._recent.popleft()
+            self._recent_bytes -= len(oldest.payload)
 
     def note_result(self, result: Result) -> None:
         """Move the anchors of the objects that a trusted picture shows."""
@@ -85,7 +95,7 @@ class Lifeline:
         self._anchor(accepted.frame_id, accepted.tracked)
 
     def _anchor(self, frame_id: int, tracked: TrackedObject) -> None:
-        run = self._runs_by_frame.get(frame_id)
+        run = next((run for frame, run in reversed(self._recent) if frame.frame_id == frame_id), None)
         is_seen = tracked.state is ObjectState.VISIBLE and tracked.box is not None
         if run is not None and is_seen and tracked.object_id in self._wanted:
             self._anchors[tracked.object_id] = _Anchor(run=run, frame_id=frame_id, tracked=tracked)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
+import trocar.lifeline
 from trocar.client_core import Frame, PromptAccepted, Result, StreamOptions, TrackedObject
 from trocar.config import Access, split_address
 from trocar.decode import Codec
@@ -666,6 +668,25 @@ def test_run_with_a_gap_or_without_end_is_not_replayed() -> None:
     feed(long, range(LONGEST_RUN + 10), keyframe_every=10_000)
     long.note_result(make_result(LONGEST_RUN + 5, 1))
     assert list_replay(long) == []
+
+
+class WatchedFrame(Frame):
+    """Can be referred to weakly."""
+
+
+def test_raw_frames_that_wait_for_their_results_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trocar.lifeline, "RECENT_BYTES", 2_500)
+    lifeline = Lifeline()
+    lifeline.want(1)
+    sent = []
+    for frame_id in range(5):
+        frame = WatchedFrame(payload=bytes(1_000), frame_id=frame_id)
+        lifeline.note_frame(frame, is_keyframe=True)
+        sent.append(weakref.ref(frame))
+        del frame
+    assert [kept() is not None for kept in sent] == [False, False, False, True, True]
+    lifeline.note_result(make_result(4, 1))
+    assert list_replay(lifeline) == ["frame 4", "prompt 1@4"]
 
 
 # Outbox
