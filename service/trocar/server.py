@@ -34,7 +34,7 @@ from trocar.messages import StreamSettings
 from trocar.monitor import Monitor
 from trocar.record import StreamRecord
 from trocar.security import Certificates, ClientRights, Gate
-from trocar.session import Session, next_request
+from trocar.session import Session, next_request, send_in_time
 from trocar.telemetry import Metrics, TraceFrame, open_tracer
 from trocar.tracking import Resize, Scheduler, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
@@ -308,7 +308,8 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         try:
             card = self._scheduler.model_card(settings.model)
             record.open(settings)
-            await context.write(messages.write_opened(record.stream_id, asked, settings, self._config, card))
+            opened = messages.write_opened(record.stream_id, asked, settings, self._config, card)
+            await send_in_time(context.write, opened, self._config.max_unread_s)
             session = Session(
                 settings=settings, config=self._config, stream=stream, resize=self._resize, record=record
             )

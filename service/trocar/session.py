@@ -422,13 +422,7 @@ class Session:
 
     async def _respond(self, transport_send: Send) -> None:
         async def send(response: pb.TrackResponse) -> None:
-            unread_s = self._config.max_unread_s
-            try:
-                async with asyncio.timeout(unread_s):
-                    await transport_send(response)
-            except TimeoutError:
-                text = f"results are left unread for {unread_s:g} s: read them, or close the stream"
-                raise UnreadError("max_unread_s", text) from None
+            await send_in_time(transport_send, response, self._config.max_unread_s)
 
         while (reply := await self._replies.get()) is not None:
             match reply:
@@ -565,6 +559,20 @@ async def next_request(requests: AsyncIterator[pb.TrackRequest]) -> pb.TrackRequ
         return await anext(requests, None)
     except DecodeError:
         raise ContractError("bytes that are no TrackRequest: send messages of trocar.v1") from None
+
+
+async def send_in_time(send: Send, response: pb.TrackResponse, unread_s: float) -> None:
+    """Hand a response to the transport.
+
+    Raises:
+        UnreadError: the client has not let it through for so long.
+    """
+    try:
+        async with asyncio.timeout(unread_s):
+            await send(response)
+    except TimeoutError:
+        text = f"results are left unread for {unread_s:g} s: read them, or close the stream"
+        raise UnreadError("max_unread_s", text) from None
 
 
 def _ignore_outcome(future: "asyncio.Future[Any]") -> None:

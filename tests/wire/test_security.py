@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from grpc import aio
 
 from trocar.client import connect_async
 from trocar.client_core import Opened, StreamOptions
-from trocar.config import Access, ServerConfig, TlsFiles
+from trocar.config import Access, ServerConfig, TlsFiles, split_address
 from trocar.decode import Codec
 from trocar.errors import ConfigError, ConnectionFailedError
 from trocar.lifeline import Lifeline
@@ -23,12 +24,15 @@ from trocar.security import hash_token, read_token
 from trocar.server import TrackingServer
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
+from trocar_bench.assault import DATA, PREFACE, SETTINGS, Peer, begin_call, frame
 from wire.calls import Call, rejections_of, results_of, until
 from wire.certificates import Authority, Pair
 from wire.clips import draw_frames, encode_clip
 from wire.fakes import FakeScheduler, resize_linear
 
 LIVE = StreamOptions(codec=Codec.H264)
+INITIAL_WINDOW_SIZE = 4
+"""The HTTP/2 setting (RFC 9113, section 6.5.2)."""
 TOKEN = "correct-horse-battery"
 
 
@@ -387,6 +391,26 @@ async def test_client_that_leaves_results_unread_is_ended(
         flooding.cancel()
         call.cancel()
         assert "limit max_unread_s" in caplog.text
+
+
+async def test_client_that_lets_nothing_through_holds_no_place(
+    serve: Serve, scheduler: FakeScheduler, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = ServerConfig(address="127.0.0.1:0", max_unread_s=0.5, shutdown_grace_s=0)
+    async with serve(config) as server:
+        reader, writer = await asyncio.open_connection(*split_address(server.address))
+        opening = pb.OpenStream(video=pb.VideoFormat(codec=pb.VIDEO_CODEC_JPEG))
+        message = pb.TrackRequest(open_stream=opening).SerializeToString()
+        no_window = struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)
+        writer.write(PREFACE + frame(SETTINGS, payload=no_window) + begin_call(1))
+        writer.write(frame(DATA, 0, 1, b"\x00" + struct.pack(">I", len(message)) + message))
+        answering = asyncio.create_task(Peer(reader, writer).answer())
+        await until(lambda: bool(scheduler.streams))
+        await until(lambda: not scheduler.streams)
+        assert "limit max_unread_s" in caplog.text
+        answering.cancel()
+        writer.close()
 
 
 async def test_prompts_beyond_the_rate_are_refused_and_the_stream_goes_on(serve: Serve) -> None:
