@@ -191,9 +191,13 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             await self._refuse(error, context)
         scheduler = self._scheduler
         # In a thread: the card of a model that nobody has used yet may have to be read from its weights.
-        cards = await asyncio.to_thread(
-            lambda: [scheduler.model_card(name) for name in scheduler.model_names]
-        )
+        try:
+            cards = await asyncio.to_thread(
+                lambda: [scheduler.model_card(name) for name in scheduler.model_names]
+            )
+        except TrocarError as error:
+            log.error("models cannot be described: %s", error)
+            await context.abort(_find_status(error), _fit_status(error))
         return pb.GetServerInfoResponse(
             version=version("trocar"),
             models=[messages.write_model_card(card) for card in cards],

@@ -17,9 +17,10 @@ from trocar.errors import ConfigError
 from trocar.server import TrackingServer
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
+from trocar_engines.errors import CheckpointError
 from wire.calls import Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
 from wire.clips import draw_frames, encode_clip, encode_jpeg
-from wire.fakes import FakeScheduler, resize_linear
+from wire.fakes import FakeCard, FakeScheduler, resize_linear
 
 
 async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
@@ -291,6 +292,27 @@ async def test_server_info_tells_models_limits_and_load(channel: aio.Channel, ca
     assert info.default_model == "fake-nano"
     assert info.default_memory_policy == pb.MEMORY_POLICY_FIFO
     assert (info.open_streams, info.limits.max_streams, info.is_serving) == (1, 8, True)
+
+
+class UndescribedScheduler(FakeScheduler):
+    def model_card(self, model: str) -> FakeCard:
+        raise CheckpointError(f"{model}.json is damaged")
+
+
+async def test_server_info_tells_which_model_cannot_be_described(config: ServerConfig) -> None:
+    scheduler = UndescribedScheduler()
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    try:
+        async with aio.insecure_channel(server.address) as channel:
+            stub: pb_grpc.TrackingServiceAsyncStub = pb_grpc.TrackingServiceStub(channel)
+            with pytest.raises(aio.AioRpcError) as failure:
+                await stub.GetServerInfo(pb.GetServerInfoRequest())
+        assert failure.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "fake-nano.json is damaged" in (failure.value.details() or "")
+    finally:
+        await server.stop()
+        scheduler.close()
 
 
 async def test_reflection_names_the_service(channel: aio.Channel) -> None:
