@@ -13,6 +13,7 @@ from trocar.config import Access
 from trocar.errors import ConnectionFailedError
 from trocar.lifeline import Lifeline
 from trocar.v1 import tracking_pb2 as pb
+from trocar_engines.errors import TrocarError
 
 CONNECT_TIMEOUT_S = 2.0
 RETRY_S = 0.5
@@ -188,6 +189,8 @@ def _read_events(
         try:
             for event in stream:
                 loop.call_soon_threadsafe(events.put_nowait, event)
-        except ConnectionFailedError as error:
-            failure = error
-        loop.call_soon_threadsafe(events.put_nowait, failure)
+        except TrocarError as error:
+            # Also an answer that cannot be read: the line is of no more use, and the reason is to be told.
+            failure = ConnectionFailedError(str(error))
+        finally:
+            loop.call_soon_threadsafe(events.put_nowait, failure)

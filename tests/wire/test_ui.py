@@ -417,13 +417,16 @@ class HungServicer(pb_grpc.TrackingServiceServicer):
         return pb.GetServerInfoResponse()
 
 
-async def test_server_that_never_answers_is_given_up_and_tried_again() -> None:
-    servicer, states = HungServicer(), asyncio.Queue[LinkState]()
+def serve_stub(servicer: pb_grpc.TrackingServiceServicer) -> tuple[grpc.Server, str]:
     server = grpc.server(ThreadPoolExecutor(8))
     pb_grpc.add_TrackingServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    link = TrackerLink(
+    return server, address
+
+
+def link_to(address: str, states: asyncio.Queue[LinkState], silence_s: float) -> TrackerLink:
+    return TrackerLink(
         address,
         Access(),
         StreamOptions(codec=Codec.JPEG),
@@ -431,15 +434,42 @@ async def test_server_that_never_answers_is_given_up_and_tried_again() -> None:
         on_event=lambda _: None,
         on_state=states.put_nowait,
         on_keyframe_wanted=lambda: None,
-        silence_s=0.2,
+        silence_s=silence_s,
     )
-    running = asyncio.create_task(link.run())
+
+
+async def test_server_that_never_answers_is_given_up_and_tried_again() -> None:
+    servicer, states = HungServicer(), asyncio.Queue[LinkState]()
+    server, address = serve_stub(servicer)
+    running = asyncio.create_task(link_to(address, states, silence_s=0.2).run())
     for _ in range(2):
         state = await asyncio.wait_for(states.get(), TIMEOUT_S)
         assert "has stopped answering" in state.message
     assert servicer.calls >= 2
     running.cancel()
     servicer.may_end.set()
+    await asyncio.to_thread(server.stop(None).wait)
+
+
+class StrangeServicer(pb_grpc.TrackingServiceServicer):
+    """Answers what this client cannot read."""
+
+    def Track(self, request_iterator: Any, context: Any) -> Iterator[pb.TrackResponse]:  # noqa: N802
+        yield pb.TrackResponse(stream_opened=pb.StreamOpened())
+        yield pb.TrackResponse()
+
+    def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:  # noqa: N802
+        return pb.GetServerInfoResponse()
+
+
+async def test_answer_that_cannot_be_read_breaks_the_line_with_its_reason() -> None:
+    states = asyncio.Queue[LinkState]()
+    server, address = serve_stub(StrangeServicer())
+    running = asyncio.create_task(link_to(address, states, silence_s=TIMEOUT_S).run())
+    assert (await asyncio.wait_for(states.get(), TIMEOUT_S)).is_up
+    state = await asyncio.wait_for(states.get(), TIMEOUT_S / 2)
+    assert "the server sent an empty response" in state.message
+    running.cancel()
     await asyncio.to_thread(server.stop(None).wait)
 
 
