@@ -311,6 +311,7 @@ class StreamCore:
     _waiting: deque[tuple[int | None, pb.TrackRequest]] = field(default_factory=deque)
     _on_the_way: dict[int, float] = field(default_factory=dict)
     _listening_since_s: float | None = None
+    _opening_since_s: float | None = field(init=False)
     _is_finished: bool = False
     _is_leaving: bool = False
     # What another server would need.
@@ -335,6 +336,7 @@ class StreamCore:
 
     def __post_init__(self) -> None:
         self._packets = PacketStore(codec=self.options.codec)
+        self._opening_since_s = self.clock()
 
     @property
     def unanswered_frames(self) -> int:
@@ -364,6 +366,8 @@ class StreamCore:
         """Tell whether an answer is owed and nothing came for so long, while somebody was listening."""
         with self._lock:
             owed = list(self._on_the_way.values())[:1]
+            if self._opening_since_s is not None:
+                owed.append(self._opening_since_s)
             if self._awaits_objects:
                 owed += list(self._asked.values())[:1]
             if self._listening_since_s is None or not owed:
@@ -458,6 +462,7 @@ class StreamCore:
             assert self._outage is not None
             outage = self._outage
             outage.address, outage.attempts = address, outage.attempts + 1
+            self._opening_since_s = self.clock()
             self._is_leaving = False
             self._dropped_before, self._swallowed_drops = self._dropped_total, 0
             self._packets.trim(unanswered=self._unanswered, anchors=self._objects.anchors)
@@ -687,6 +692,7 @@ class StreamCore:
         )
 
     def _read_opened(self, opened: pb.StreamOpened) -> Opened | Resumed:
+        self._opening_since_s = None
         outage, self._outage = self._outage, None
         if not self._has_opened or outage is None:
             self._has_opened = True

@@ -414,6 +414,21 @@ def test_server_is_silent_only_while_it_owes_an_answer_to_somebody_who_listens()
     assert not peer.core.is_server_silent(10)
 
 
+def test_server_that_does_not_open_the_stream_is_silent() -> None:
+    clock = Clock()
+    core = StreamCore(StreamOptions(codec=Codec.H264), clock=clock)
+    core.begin_listening()
+    clock.now_s += 11
+    assert core.is_server_silent(10), "nothing is sent before, but the stream's opening is owed"
+    core.note_fault()
+    core.rewind("b:1")
+    assert not core.is_server_silent(10)
+    clock.now_s += 11
+    assert core.is_server_silent(10)
+    core.read(pb.TrackResponse(stream_opened=pb.StreamOpened()))
+    assert not core.is_server_silent(10)
+
+
 def test_leaving_ends_the_call_and_keeps_what_is_written() -> None:
     peer = Peer()
     peer.core.leave()
