@@ -175,10 +175,16 @@ class Client:
         self._reconnect = reconnect
 
     def server_info(self) -> pb.GetServerInfoResponse:
-        """Ask the first server that answered for models, limits and load."""
+        """Ask the first server that answered for models, limits and load.
+
+        Raises:
+            ConnectionFailedError: it refuses, or does not answer within `Reconnect.silence_s`.
+        """
         try:
             stub = self._links[self._first].stub
-            return stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
+            return stub.GetServerInfo(
+                pb.GetServerInfoRequest(), metadata=self._metadata, timeout=self._reconnect.silence_s
+            )
         except grpc.RpcError as error:
             raise _describe_failure(error) from error
 
@@ -425,10 +431,12 @@ class AsyncClient:
         self._reconnect = reconnect
 
     async def server_info(self) -> pb.GetServerInfoResponse:
-        """Ask the first server that answered for models, limits and load."""
+        """Ask the first server that answered for models, limits and load; see `Client.server_info`."""
         try:
             stub = self._links[self._first].stub
-            return await stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
+            return await stub.GetServerInfo(
+                pb.GetServerInfoRequest(), metadata=self._metadata, timeout=self._reconnect.silence_s
+            )
         except aio.AioRpcError as error:
             raise _describe_failure(error) from error
 

@@ -139,6 +139,23 @@ def test_server_that_falls_silent_is_given_up(pair: Pair) -> None:
     assert [result.frame_id for result in results_among(events)] == list(range(FRAMES))
 
 
+def test_question_to_a_server_that_fell_silent_is_given_up(pair: Pair) -> None:
+    with connect(pair.proxy.address, reconnect=QUICK) as client:
+        pair.proxy.freeze()
+        with pytest.raises(ConnectionFailedError, match="DEADLINE_EXCEEDED"):
+            client.server_info()
+
+
+async def test_asynchronous_question_to_a_server_that_fell_silent_is_given_up() -> None:
+    with ExitStack() as resources:
+        pair = await asyncio.to_thread(Pair, resources)
+        async with await connect_async(pair.proxy.address, reconnect=QUICK) as client:
+            pair.proxy.freeze()
+            with pytest.raises(ConnectionFailedError, match="DEADLINE_EXCEEDED"):
+                await client.server_info()
+        await asyncio.to_thread(resources.close)
+
+
 def test_jpeg_stream_is_taken_up_too(pair: Pair) -> None:
     def requests() -> Iterator[Request]:
         for index, pixels in enumerate(draw_frames(FRAMES)):
