@@ -528,7 +528,7 @@ class AsyncStream:
                 raise
         finally:
             self.close()
-            await self._notify()
+            await self._farewell
         await sender
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -560,11 +560,12 @@ class AsyncStream:
             await self._notify()
 
     def close(self) -> None:
-        """End the call at once."""
+        """End the call at once; whoever waits to send learns of it."""
         self._is_over = True
         self._pump.cancel()
         self._watchdog.cancel()
         self._call.cancel()
+        self._farewell = asyncio.ensure_future(self._notify())
 
     async def __aenter__(self) -> Self:
         return self
@@ -576,7 +577,7 @@ class AsyncStream:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-        await self._notify()
+        await self._farewell
 
     async def _read_call(self) -> AsyncIterator[Event]:
         """Events of the present call."""

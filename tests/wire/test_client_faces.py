@@ -8,6 +8,7 @@ import pytest
 
 from trocar.client import AsyncStream, Client, connect, connect_async
 from trocar.client_core import (
+    EVERY_WINDOW_FRAMES,
     Event,
     Frame,
     KeyframeWanted,
@@ -63,6 +64,25 @@ async def test_asynchronous_face_tracks_a_clip_longer_than_its_window(server: Tr
 
     async with await connect_async(server.address) as client, client.open_stream(EVERY) as stream:
         check_events([event async for event in stream.track(requests_async())], 40)
+
+
+async def test_sender_that_waits_for_room_learns_of_the_end(
+    server: TrackingServer, scheduler: FakeScheduler
+) -> None:
+    scheduler.gate.clear()
+    async with await connect_async(server.address) as client:
+        stream = client.open_stream(EVERY)
+
+        async def send_on() -> None:
+            while await stream.send(Frame(payload=b"x")):
+                pass
+
+        sending = asyncio.create_task(send_on())
+        while stream.unanswered_frames < EVERY_WINDOW_FRAMES:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stream.close()
+        await asyncio.wait_for(sending, 5)
+    scheduler.gate.set()
 
 
 def test_one_thread_may_send_while_another_reads(client: Client) -> None:
