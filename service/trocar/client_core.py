@@ -313,7 +313,7 @@ class StreamCore:
     _listening_since_s: float | None = None
     _opening_since_s: float | None = field(init=False)
     _is_finished: bool = False
-    _is_leaving: bool = False
+    _leaving_since_s: float | None = None
     # What another server would need.
     _packets: PacketStore = field(init=False)
     _objects: ObjectStore = field(default_factory=ObjectStore)
@@ -365,14 +365,14 @@ class StreamCore:
     def is_server_silent(self, silence_s: float) -> bool:
         """Tell whether an answer is owed and nothing came for so long, while somebody was listening."""
         with self._lock:
-            owed = list(self._on_the_way.values())[:1]
-            if self._opening_since_s is not None:
-                owed.append(self._opening_since_s)
-            if self._awaits_objects:
-                owed += list(self._asked.values())[:1]
-            if self._listening_since_s is None or not owed:
+            first_frame_s = next(iter(self._on_the_way.values()), None)
+            first_mask_s = next(iter(self._asked.values()), None) if self._awaits_objects else None
+            # The beginning of a call is owed too, and its end once we leave.
+            asked_s = (self._opening_since_s, first_frame_s, first_mask_s, self._leaving_since_s)
+            owed_s = min((one for one in asked_s if one is not None), default=None)
+            if self._listening_since_s is None or owed_s is None:
                 return False
-            return self.clock() - max(self._listening_since_s, min(owed)) > silence_s
+            return self.clock() - max(self._listening_since_s, owed_s) > silence_s
 
     @property
     def _awaits_objects(self) -> bool:
@@ -387,7 +387,7 @@ class StreamCore:
     @property
     def is_leaving(self) -> bool:
         """Whether the present call ends on our own wish, to go on with another server."""
-        return self._is_leaving
+        return self._leaving_since_s is not None
 
     @property
     def attempts(self) -> int:
@@ -400,7 +400,7 @@ class StreamCore:
 
     def leave(self) -> None:
         """End the call once it has answered; what is written from now on waits for another server."""
-        self._is_leaving = True
+        self._leaving_since_s = self.clock()
 
     def note_unsent(self) -> None:
         """Count a frame that found no room while there was no server."""
@@ -411,7 +411,7 @@ class StreamCore:
     def take(self) -> pb.TrackRequest | Literal["end"] | None:
         """The next message for the present call; None when there is none now, `END` after the last."""
         with self._lock:
-            if self._is_leaving:
+            if self.is_leaving:
                 return END
             if not self._waiting:
                 # What is new waits too until the objects are there again: else its result would lack them.
@@ -463,7 +463,7 @@ class StreamCore:
             outage = self._outage
             outage.address, outage.attempts = address, outage.attempts + 1
             self._opening_since_s = self.clock()
-            self._is_leaving = False
+            self._leaving_since_s = None
             self._dropped_before, self._swallowed_drops = self._dropped_total, 0
             self._packets.trim(unanswered=self._unanswered, anchors=self._objects.anchors)
             self._reprompts.clear()

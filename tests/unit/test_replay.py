@@ -429,6 +429,14 @@ def test_server_that_does_not_open_the_stream_is_silent() -> None:
     assert not core.is_server_silent(10)
 
 
+def test_server_that_does_not_let_go_is_silent() -> None:
+    peer = Peer()
+    peer.core.leave()
+    peer.core.begin_listening()
+    peer.clock.now_s += 11
+    assert peer.core.is_server_silent(10), "what is written waits for another server"
+
+
 def test_leaving_ends_the_call_and_keeps_what_is_written() -> None:
     peer = Peer()
     peer.core.leave()
