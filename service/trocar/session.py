@@ -43,7 +43,7 @@ from trocar.security import Rate
 from trocar.telemetry import Span, StageClock
 from trocar.tracking import Resize, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
-from trocar_engines.errors import CapacityError, FrameNotKeptError, TrocarError
+from trocar_engines.errors import CapacityError, DeviceFaultError, FrameNotKeptError, TrocarError
 from trocar_engines.masklets import FrameMasklets, Masklet, Picture
 
 T = TypeVar("T")
@@ -64,6 +64,8 @@ MOST_EARLY_PROMPTS = 16
 """Prompts that wait for a frame which has not come yet."""
 MOST_DROPPED_IDS = 1_024
 """Reported in one result, as the contract says; the total goes on counting."""
+NOT_THE_REQUEST = (ServerNotReadyError, DeviceFaultError)
+"""Failures to which no other request would be the answer: they end the stream, and another server goes on."""
 SESSION_THREADS = 2
 """One decodes, one encodes: each is awaited before its next job, so never more than one of a kind."""
 
@@ -494,7 +496,7 @@ class Session:
     async def _answer_prompt(self, pending: PendingPrompt) -> pb.TrackResponse:
         try:
             outcome = await self._settle(pending.outcome)
-        except ServerNotReadyError:
+        except NOT_THE_REQUEST:
             raise
         except TrocarError as error:
             return self._reject(pending.message, _rejection_reason(error), str(error))
@@ -518,7 +520,7 @@ class Session:
     async def _answer_pin(self, pending: PendingPin, send: Send) -> None:
         try:
             await self._settle(pending.done)
-        except ServerNotReadyError:
+        except NOT_THE_REQUEST:
             raise
         except TrocarError as error:
             await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_FRAME, str(error)))
@@ -526,7 +528,7 @@ class Session:
     async def _answer_removal(self, pending: PendingRemoval, send: Send) -> None:
         try:
             await self._settle(pending.done)
-        except ServerNotReadyError:
+        except NOT_THE_REQUEST:
             raise
         except TrocarError as error:
             await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(error)))

@@ -12,6 +12,7 @@ import numpy as np
 from trocar_engines.errors import (
     CapacityError,
     CheckpointError,
+    DeviceFaultError,
     FrameNotKeptError,
     StreamLimitError,
     UnknownModelError,
@@ -237,6 +238,8 @@ class FakeScheduler:
             if not untyped.set_running_or_notify_cancel():
                 return
             try:
+                if not self.is_healthy:
+                    raise DeviceFaultError("the device failed")
                 result = compute()
             except Exception as error:
                 untyped.set_exception(error)

@@ -18,7 +18,7 @@ from trocar.server import TrackingServer
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
 from trocar_engines.errors import CheckpointError
-from wire.calls import Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
+from wire.calls import RED_POINT, Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
 from wire.clips import draw_frames, encode_clip, encode_jpeg
 from wire.fakes import FakeCard, FakeScheduler, resize_linear
 
@@ -340,6 +340,28 @@ async def test_failed_device_ends_the_server(server: TrackingServer, scheduler: 
     running = asyncio.create_task(server.run_until_stopped())
     scheduler.is_healthy = False
     assert await asyncio.wait_for(running, 5) is False
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.TrackRequest(prompt=pb.Prompt(object_id=1, points=[RED_POINT])),
+        pb.TrackRequest(pin_frame=pb.PinFrame(frame_id=0)),
+        pb.TrackRequest(remove_object=pb.RemoveObject(object_id=1)),
+        pb.TrackRequest(reset_stream=pb.ResetStream()),
+    ],
+    ids=["prompt", "pin", "removal", "reset"],
+)
+async def test_failed_device_ends_a_stream_whatever_was_asked_of_it(
+    call: Call, scheduler: FakeScheduler, request_: pb.TrackRequest
+) -> None:
+    await call.open()
+    await call.frame(0, encode_clip(draw_frames(1))[0])
+    assert isinstance(await call.read(), pb.TrackResponse)
+    scheduler.is_healthy = False
+    await call.write(request_)
+    code, _ = await call.read_failure()
+    assert code == grpc.StatusCode.UNAVAILABLE, "a refusal would be final, and another server could do it"
 
 
 STALLED_CLIENT = """
