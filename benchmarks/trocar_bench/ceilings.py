@@ -189,7 +189,7 @@ def count_costs(config: NetworkConfig, bank: BankConfig, objects: int) -> dict[s
             pointer_age=torch.empty(objects, pointers),
             pointer_bias=torch.empty(objects, pointers),
         )
-        conditioned, class_token = count(
+        conditioned, _ = count(
             "attend_memory",
             lambda embedding, *memory: network.attend_memory(embedding, MemoryView(*memory)),
             features.embedding,
@@ -210,7 +210,6 @@ def count_costs(config: NetworkConfig, bank: BankConfig, objects: int) -> dict[s
             conditioned,
             *features[1:],
             pool.prototypes[:, :READOUT_SLOTS],
-            class_token,
         )
     return costs
 

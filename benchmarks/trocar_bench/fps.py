@@ -3,9 +3,10 @@
 Two modes, so that the cost of the service shows as their difference, and one to compare with:
 
 - `engine`: pictures at the model's input size go straight into the scheduler of this process. No video, no
-  coding of masks, no network: the tracker's own speed.
+  coding of masks, no network: the tracker's own speed, on every core unless `--threads` says otherwise.
 - `service`: a `trocar serve` of its own, in a process of its own on a loopback port, gets H.264 through the
   Python client, as a video pipeline would send it, and answers with run-length masks at source resolution.
+  The tracker leaves one core to decoding, as `trocar serve` does.
 - `reference`: sam2's own predictor and our engine in turn, a few frames each, on the same weights and
   pictures, unpaced (see `reference_lane`). Prints how many times faster the engine is, and how far their mask
   logits lie apart, with SAM 2's own memory (`vanilla`) unless told otherwise. On a GPU also sam2's build
@@ -27,8 +28,9 @@ cores that are busy our own camera wakes up late, which no real one does; "sourc
 What bounds the figures:
 
 - One thread owns the device. Per frame it spends encode_image + attend_memory + decode_masks + readback
-  before the reply and write_memory after it. "device" is the sum of their medians; a tick of that thread, and
-  so one stream, cannot be faster than 1000 / device a second.
+  before the reply and write_memory after it, in which some times a second an object is classified. "device"
+  is the sum of their medians; a tick of that thread, and so one stream, cannot be faster than 1000 / device a
+  second.
 - "between stages" is service latency that no stage accounts for: hops between threads, and waiting for the
   interpreter or a core. "added, server" is that with preprocess and encode_masklets: all of the service's
   latency but decoding, tracking and the wait for either. "added, client" is the same of the time from sent to
@@ -264,10 +266,16 @@ class Bench:
             memory=engine.memory or memory,
             runtime=engine.runtime,
             weights=self._weights if self._weights_name == "random" else engine.weights,
+            threads=engine.threads,
             max_streams=self._most_streams(min(self._request.objects))
             if limits
             else max(self._request.streams),
         )
+
+    def _engine_alone(self, *, memory: str = "") -> EngineOptions:
+        """For an engine that nobody decodes beside: it takes every core."""
+        options = self._engine_options(memory=memory)
+        return dataclasses.replace(options, threads=options.threads or cpu_threads())
 
     @staticmethod
     def _most_streams(objects: int) -> int:
@@ -275,7 +283,7 @@ class Bench:
         return MOST_OBJECTS // objects
 
     def _run_engine(self) -> Iterator[RunReport]:
-        with closing(self._parts.start_scheduler(self._engine_options())) as scheduler:
+        with closing(self._parts.start_scheduler(self._engine_alone())) as scheduler:
             scheduler.warm_up()
             model, memory = scheduler.default_model, scheduler.default_memory
             card = scheduler.model_card(model)
@@ -359,7 +367,7 @@ class Bench:
         return reports
 
     def _run_reference(self) -> Iterator[RunReport]:
-        options = self._engine_options(memory=MemoryPolicy.VANILLA.value)
+        options = self._engine_alone(memory=MemoryPolicy.VANILLA.value)
         with closing(self._parts.start_scheduler(options)) as scheduler:
             scheduler.warm_up()
             model, memory = scheduler.default_model, scheduler.default_memory

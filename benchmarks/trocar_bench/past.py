@@ -213,8 +213,8 @@ class Watch(Tracker):
     def remember(self, step: Step) -> None:
         """See `Tracker.remember`."""
         super().remember(step)
-        for batch, _, _ in step.batches:
-            for row in batch:
+        for batch in step.batches:
+            for row in batch.rows:
                 bank = row.tracked.bank
                 untrusted = self._untrusted.setdefault(bank, set())
                 if not row.frame.is_trusted:

@@ -231,6 +231,7 @@ def write_arguments(request: ServerRequest) -> list[str]:
         ("--model", engine.model),
         ("--memory", engine.memory),
         ("--weights", engine.weights),
+        ("--threads", engine.threads),
     ):
         if value:
             arguments += [flag, str(value)]

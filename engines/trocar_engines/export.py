@@ -29,6 +29,7 @@ from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView, Promp
 OPSET = 20
 """17 does not export, 23 brings an Attention operator that ONNX Runtime runs slower (measured)."""
 STAGES = ("encode_image", "attend_memory", "track_masks", "decode_prompt", "encode_memory")
+"""Of every network; see `stages_of`."""
 StageFunction = Callable[..., tuple[Tensor, ...]]
 
 
@@ -70,6 +71,11 @@ def export_stages(
     return paths
 
 
+def stages_of(network: SAM2S) -> tuple[str, ...]:
+    """What a tracker runs of a network; `classify` only where it knows classes."""
+    return (*STAGES, "classify") if network.config.classes else STAGES
+
+
 def engine_folder(cache: Path, network: SAM2S) -> Path:
     """Folder of a network's engines: its hash covers weights, shape, code and exporter.
 
@@ -99,7 +105,7 @@ def stage_functions(network: SAM2S) -> dict[str, StageFunction]:
 
     `attend_full` is `attend_memory` for banks without an empty place; it does not read the biases.
     """
-    return {
+    functions: dict[str, StageFunction] = {
         "encode_image": network.encode_image,
         "attend_memory": lambda embedding, *view: network.attend_memory(embedding, MemoryView(*view)),
         "attend_full": lambda embedding, *view: network.attend_memory(
@@ -115,6 +121,9 @@ def stage_functions(network: SAM2S) -> dict[str, StageFunction]:
         ),
         "encode_memory": network.encode_memory,
     }
+    if network.config.classes:
+        functions["classify"] = lambda *tensors: (network.classify(*tensors),)
+    return functions
 
 
 def example_inputs(
@@ -155,12 +164,11 @@ def example_inputs(
     )
     maps = (features.stride_4, features.stride_8, features.keys)
     remembered = prototypes.unsqueeze(1).repeat(1, READOUT_SLOTS, 1, 1)
-    token = network.without_class_memory(rows).clone()
-    return {
+    inputs: dict[str, tuple[Tensor, ...]] = {
         "encode_image": (pixels,),
         "attend_memory": (features.embedding, *view),
         "attend_full": (features.embedding, *view),
-        "track_masks": (features.embedding, *maps, remembered, token),
+        "track_masks": (features.embedding, *maps, remembered),
         "decode_prompt": (
             features.embedding,
             *maps,
@@ -173,6 +181,9 @@ def example_inputs(
         ),
         "encode_memory": (features.embedding, features.keys, logits, normal(rows).abs(), flags),
     }
+    if config.classes:
+        inputs["classify"] = (normal(rows, config.d_model), pixels, logits)
+    return inputs
 
 
 def _dynamic_shapes() -> dict[str, tuple[Any, ...]]:
@@ -186,9 +197,10 @@ def _dynamic_shapes() -> dict[str, tuple[Any, ...]]:
         "encode_image": (only_rows,),
         "attend_memory": attend,
         "attend_full": attend,
-        "track_masks": (only_rows,) * 6,
+        "track_masks": (only_rows,) * 5,
         "decode_prompt": (*(only_rows,) * 4, points, points, *(only_rows,) * 3),
         "encode_memory": (only_rows,) * 5,
+        "classify": (only_rows,) * 3,
     }
 
 

@@ -4,6 +4,7 @@ encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ wri
 """
 
 import itertools
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from trocar_engines.masklets import (
     Prompt,
     PromptMode,
     PromptOutcome,
+    UInt8Array,
 )
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
 from trocar_engines.memory.pool import MemoryPool, is_uniform
@@ -37,8 +39,10 @@ LOGIT_CLAMP = 32.0
 ABSENT_DISPLAY_LOGIT = -32.0
 MOST_CATCH_UP_FRAMES = 8
 """Kept frames through which an object prompted in the past is brought to the present, evenly spaced."""
-CLASS_MEMORY = 0.9
-"""Share of the past in an object's running class probabilities."""
+CLASS_MEMORY = 0.8
+"""Share of the past in an object's running class probabilities, each time it is classified."""
+MOST_CLASSIFIED = 2
+"""Objects of one batch that are classified on one tick; the others wait their turn."""
 LEAST_CLASS_PROBABILITY = 0.5
 """Below it a class is "unknown"."""
 UNKNOWN_CLASS = "unknown"
@@ -53,6 +57,7 @@ class TrackerConfig:
         bank: slots and thresholds of an object's memory.
         lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
         return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
+        class_interval_s: an object that shows is classified so often, after the reply.
         kept_bytes: budget for image features of recent frames, per stream; prompts may name those frames.
         most_kept_frames: and never more than so many: at 60 frames a second, a second and a quarter, so that
             a tap on a picture that is a second old still meets it.
@@ -62,6 +67,7 @@ class TrackerConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     lost_after_s: float = 2.0
     return_iou: float = 0.5
+    class_interval_s: float = 0.2
     kept_bytes: int = 64 << 20
     most_kept_frames: int = 75
 
@@ -112,6 +118,9 @@ class TrackedObject:
         missed: frames that came meanwhile.
         is_doubted: something was found on the last frame that is not believed to be the object; it is neither
             shown nor remembered.
+        class_probabilities: running mean of what the object looked like, float32 [K]; None until then.
+        doubted_class: class probabilities of what is doubted, None until it is classified.
+        classified_at_s: when it was looked at last.
     """
 
     object_id: int
@@ -127,6 +136,8 @@ class TrackedObject:
     seen_at_s: float = 0.0
     frames_since_seen: int = 0
     class_probabilities: Float32Array | None = None
+    doubted_class: Float32Array | None = None
+    classified_at_s: float = -math.inf
 
 
 @dataclass(kw_only=True, eq=False)
@@ -166,12 +177,22 @@ class StreamState:
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """One object on one frame: row of a batch. `frames` have come since the one it was tracked on before."""
+    """One object on one frame: row of a batch. `frames` have come since the one it was tracked on before.
+
+    `pixels` of the picture are known in the present only.
+    """
 
     tracked: TrackedObject
     frame: KeptFrame
     frames: int = 1
+    pixels: UInt8Array | None = None
     masklet: Masklet | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """Whether something was found, be it doubted."""
+        assert self.masklet is not None, "known once the row is read back"
+        return self.masklet.state is ObjectState.VISIBLE or self.tracked.is_doubted
 
     @property
     def facts(self) -> FrameFacts:
@@ -187,12 +208,21 @@ class _Row:
         )
 
 
+class _Batch(NamedTuple):
+    """Rows that went through the network together, and what it said of them."""
+
+    rows: list[_Row]
+    features: ImageFeatures
+    decoded: Decoded
+    class_token: Tensor
+
+
 @dataclass(kw_only=True, eq=False)
 class Step:
     """A tick between reply and memory: the results, and what `remember` still has to write."""
 
     results: list[FrameMasklets]
-    batches: list[tuple[list[_Row], ImageFeatures, Decoded]]
+    batches: list[_Batch]
 
 
 class Tracker:
@@ -252,7 +282,10 @@ class Tracker:
         clock = self.runtime.start_clock()
         frames = self._encode(streams, pictures)
         clock.lap("encode_image")
-        by_stream = [_rows(stream, frame) for stream, frame in zip(streams, frames, strict=True)]
+        by_stream = [
+            _rows(stream, frame, picture.pixels)
+            for stream, frame, picture in zip(streams, frames, pictures, strict=True)
+        ]
         rows = [*itertools.chain.from_iterable(by_stream), *_rows_behind(streams)]
         batches = self._track(rows, clock)
         # What the frame before took: on a GPU it is only now certain to be done.
@@ -275,7 +308,7 @@ class Tracker:
             Step(results=[], batches=self._track(_rows_behind(streams), self.runtime.start_clock()))
         )
 
-    def _track(self, rows: list[_Row], clock: StageClock) -> list[tuple[list[_Row], ImageFeatures, Decoded]]:
+    def _track(self, rows: list[_Row], clock: StageClock) -> list[_Batch]:
         """Find each row's object on its frame, as many rows at a time as fit a batch."""
         batches = []
         for start in range(0, len(rows), LARGEST_BATCH):
@@ -290,21 +323,21 @@ class Tracker:
                 features.embedding, view, is_full=is_uniform(reads)
             )
             clock.lap("attend_memory")
-            decoded = self.runtime.track_masks(conditioned, features, prototypes, class_token)
+            decoded = self.runtime.track_masks(conditioned, features, prototypes)
             clock.lap("decode_masks")
             for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
                 row.masklet = self._masklet(row.tracked, read, row.frame)
-            batches.append((batch, features, decoded))
+            batches.append(_Batch(batch, features, decoded, class_token))
             clock.lap("readback")
         return batches
 
     @torch.inference_mode()
     def remember(self, step: Step) -> None:
-        """Write the tick's frames to memory; kept off the reply's path."""
+        """Write the tick's frames to memory and classify whose turn it is; kept off the reply's path."""
         clock = self.runtime.start_clock()
         if step.results:  # what catching up takes is no tick's
             self._memory_clock = clock
-        for batch, features, decoded in step.batches:
+        for batch, features, decoded, class_token in step.batches:
             facts = [row.facts for row in batch]
             slots = [row.tracked.bank.choose_slot(fact) for row, fact in zip(batch, facts, strict=True)]
             worth = [index for index, slot in enumerate(slots) if slot is not None]
@@ -327,7 +360,34 @@ class Tracker:
                     ]
             for row, fact, slot in zip(batch, facts, slots, strict=True):
                 row.tracked.bank.consider(fact, slot)
+            if self.network.classes:
+                self._classify(batch, decoded, class_token)
         clock.lap("write_memory")
+
+    def _classify(self, rows: list[_Row], decoded: Decoded, class_token: Tensor) -> None:
+        """Look what kind of object it is that some of the rows show, those first that wait longest."""
+        due = [
+            index
+            for index, row in enumerate(rows)
+            if row.pixels is not None
+            and row.is_found
+            and row.frame.time_s >= row.tracked.classified_at_s + self.config.class_interval_s
+        ]
+        due = sorted(due, key=lambda index: rows[index].tracked.classified_at_s)[:MOST_CLASSIFIED]
+        if not due:
+            return
+        pixels = torch.stack([torch.from_numpy(rows[index].pixels) for index in due])
+        logits = self.runtime.classify(class_token[due], pixels, decoded.mask_logits[due]).numpy()
+        for index, of_one in zip(due, logits, strict=True):
+            tracked, likely = rows[index].tracked, _softmax(of_one)
+            tracked.classified_at_s = rows[index].frame.time_s
+            if tracked.is_doubted:
+                tracked.doubted_class = likely
+            elif tracked.class_probabilities is None:
+                tracked.class_probabilities = likely
+            else:
+                past = tracked.class_probabilities
+                tracked.class_probabilities = CLASS_MEMORY * past + (1 - CLASS_MEMORY) * likely
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
@@ -527,21 +587,19 @@ class Tracker:
             known: past for known, past in tracked.past.items() if not is_new and known < frame.frame_id
         }
         if is_new:
-            tracked.class_probabilities = None
+            tracked.class_probabilities, tracked.classified_at_s = None, -math.inf
 
     def _masklet(self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame) -> Masklet:
         """The masklet of an object on a frame; moves the object's state."""
         is_found = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
         is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
-        tracked.is_doubted = is_found and is_lost and not self._is_recognised(tracked, read)
-        if is_found and not tracked.is_doubted:
+        is_recognised = is_found and (not is_lost or self._is_recognised(tracked, read))
+        if is_found and not is_recognised and not tracked.is_doubted:
+            tracked.doubted_class, tracked.classified_at_s = None, -math.inf
+        tracked.is_doubted = is_found and not is_recognised
+        if is_recognised:
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             state = ObjectState.VISIBLE
-            if len(read.class_logits):
-                likely, past = _softmax(read.class_logits), tracked.class_probabilities
-                tracked.class_probabilities = (
-                    likely if past is None else CLASS_MEMORY * past + (1 - CLASS_MEMORY) * likely
-                )
         else:
             tracked.frames_since_seen += 1
             state = ObjectState.LOST if is_lost else ObjectState.OCCLUDED
@@ -571,8 +629,12 @@ class Tracker:
         if read.predicted_iou < self.config.return_iou:
             return False
         name, _ = self._class_of(tracked.class_probabilities)
-        now, _ = self._class_of(_softmax(read.class_logits) if len(read.class_logits) else None)
-        return UNKNOWN_CLASS in (name, now) or name == now
+        if name == UNKNOWN_CLASS:
+            return True
+        if not tracked.is_doubted or tracked.doubted_class is None:
+            return False  # classified after the reply; the next frame tells
+        now, _ = self._class_of(tracked.doubted_class)
+        return now in (UNKNOWN_CLASS, name)
 
     def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
         if probabilities is None:
@@ -588,28 +650,26 @@ class _Readback:
     mask_logits: Float32Array
     predicted_iou: float
     presence_logit: float
-    class_logits: Float32Array
 
 
 def _read_back(decoded: Decoded) -> list[_Readback]:
     """The step's one wait for the device: everything the reply needs, on the host."""
     masks = decoded.mask_logits.numpy()
     ious, presence = decoded.predicted_iou.tolist(), decoded.presence_logit.tolist()
-    classes = decoded.class_logits.numpy()
     return [
-        _Readback(mask_logits=mask, predicted_iou=iou, presence_logit=present, class_logits=logits)
-        for mask, iou, present, logits in zip(masks, ious, presence, classes, strict=True)
+        _Readback(mask_logits=mask, predicted_iou=iou, presence_logit=present)
+        for mask, iou, present in zip(masks, ious, presence, strict=True)
     ]
 
 
-def _rows(stream: StreamState, frame: KeptFrame) -> list[_Row]:
+def _rows(stream: StreamState, frame: KeptFrame, pixels: UInt8Array) -> list[_Row]:
     """A row for every object of the stream that has reached the present."""
     rows = []
     for tracked in stream.objects.values():
         if tracked.behind:
             tracked.missed += 1
             continue
-        rows.append(_Row(tracked=tracked, frame=frame, frames=1 + tracked.missed))
+        rows.append(_Row(tracked=tracked, frame=frame, frames=1 + tracked.missed, pixels=pixels))
         tracked.missed = 0
     return rows
 

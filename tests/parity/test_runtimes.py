@@ -59,8 +59,8 @@ def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator
     attended = runtime.attend_memory(features.embedding, view)
     yield from zip(("conditioned", "class_token"), attended, strict=True)
     conditioned, class_token = eager.attend_memory(features.embedding, view)
-    remembered = torch.stack([prototypes, prototypes.roll(1, -1), prototypes.flip(-1)], dim=1)
-    tracked = runtime.track_masks(conditioned, features, remembered, class_token)
+    remembered = torch.stack([prototypes, prototypes.flip(-1)], dim=1)
+    tracked = runtime.track_masks(conditioned, features, remembered)
     yield from ((f"tracked {name}", value) for name, value in tracked._asdict().items())
     prompted_masks = runtime.decode_prompt(
         eager.without_memory(features.embedding),
@@ -74,6 +74,7 @@ def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator
         torch.arange(rows) % 3 == 0,
     )
     yield from ((f"prompted {name}", value) for name, value in prompted_masks._asdict().items())
+    yield "class logits", runtime.classify(class_token, pixels, logits)
 
 
 @pytest.mark.parametrize(("rows", "slots", "points"), [(1, 1, 1), (1, 7, 2), (3, 4, 5)])

@@ -164,7 +164,6 @@ def test_decode_masks_agrees(
         torch.zeros_like(maps[1][:, :1]),
         PromptTensors(coordinates, labels, mask, torch.tensor([has_mask])),
         torch.tensor([points == 1]),
-        network.without_class_memory(1),
     )
     assert_close(decoded.mask_logits, expected[3][:, 0])
     assert_close(decoded.pointer, expected[5])

@@ -59,7 +59,7 @@ def test_recent_slots_carry_sam2s_temporal_rows() -> None:
     assert slots == [1, 2, 3, 1]
     assert reads.slots[:4] == [0, 2, 3, 1]
     assert reads.times[:4] == [CONDITIONING, 2, 1, 0]
-    assert reads.prototypes[2] == 1
+    assert reads.prototypes == (0, 1)
 
 
 def test_fifth_candidate_elects_the_least_similar_frame() -> None:
@@ -103,19 +103,28 @@ def test_candidates_are_taken_on_the_clock_at_high_frame_rates() -> None:
     for frame in range(1, 121):
         track(bank, facts(frame / 60))
     assert bank.long_term.filled() == []
-    assert bank.reads().prototypes[:2] == (0, 0), "the prompted frame stands in for a long-term memory"
     for frame in range(121, 181):
         track(bank, facts(frame / 60))
     assert bank.long_term.filled() == [4]
-    assert bank.reads().prototypes[:2] == (0, 4)
+
+
+def test_absence_that_lasts_is_remembered_anew_in_its_slot() -> None:
+    bank = make_bank(absence_interval_s=0.25)
+    track(bank, facts(1.0))
+    slots = [track(bank, facts(1 + frame / 10, present=False)) for frame in range(1, 8)]
+    assert slots == [2, None, None, 2, None, None, 2]
+    assert bank.recent.filled() == [1, 2]
+    assert bank.pool.spatial[bank.row, 2].unique().item() == pytest.approx(1.7)
+    assert bank.reads().prototypes == (0, 2), "what is in view now is none of the object"
+    track(bank, facts(2.0))
+    assert bank.reads().prototypes == (0, 3)
 
 
 def test_six_absences_hold_one_slot() -> None:
-    bank = make_bank()
+    bank = make_bank(absence_interval_s=10.0)
     track(bank, facts(1.0))
     slots = [track(bank, facts(float(t), present=False)) for t in range(2, 8)]
     assert slots == [2, None, None, None, None, None]
-    assert bank.reads().prototypes[2] == 1, "the latest picture that showed the object stays the readout's"
 
 
 def test_vanilla_writes_every_trusted_frame() -> None:

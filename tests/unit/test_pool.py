@@ -13,7 +13,7 @@ def make_pool(rows: int = 2) -> MemoryPool:
 
 def read(slots: list[int], pointers: list[int]) -> SlotReads:
     return SlotReads(
-        slots=slots, times=slots, pointers=pointers, pointer_ages=pointers, prototypes=(0, 0, slots[-1])
+        slots=slots, times=slots, pointers=pointers, pointer_ages=pointers, prototypes=(0, slots[-1])
     )
 
 
@@ -86,7 +86,7 @@ def test_gather_hides_the_padding_of_shorter_rows() -> None:
     assert view.spatial[:, :, 0, 0, 0].tolist() == [[0, 2], [11, 11]]
     assert (view.slot_bias < 0).tolist() == [[False, False], [False, True]]
     assert (view.pointer_bias < 0).tolist() == [[False, True], [False, False]]
-    assert prototypes[1, 2].unique().tolist() == [11]
+    assert prototypes[1, 1].unique().tolist() == [11]
 
 
 def test_gather_copies_so_that_later_writes_do_not_reach_a_view() -> None:

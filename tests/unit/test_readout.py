@@ -85,3 +85,14 @@ def test_every_remembered_picture_is_read(slot: int) -> None:
     assert overlap(logits, square) == 1.0
     _, unlike = readout(keys_with(square), torch.stack([other] * READOUT_SLOTS, dim=1))
     assert (support > unlike + 5).all()
+
+
+def test_the_prompted_picture_is_believed_before_the_latest_one() -> None:
+    readout, square = make_readout(), (4, 4, 8, 8)
+    readout.locality.data.zero_()
+    keys = keys_with(square)
+    told, guessed = (readout.prototypes(keys, mask_of(where)) for where in (square, (0, 0, 0, 0)))
+    memory = torch.stack([told, guessed], dim=1)
+    assert overlap(readout(keys, memory)[0], square) == 1.0
+    readout.log_trust.data.zero_()
+    assert overlap(readout(keys, memory)[0], square) < 1.0, "as equals they contradict each other"

@@ -12,7 +12,7 @@ from trocar_engines.masklets import ObjectState, Picture, Prompt, PromptMode
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.eager import EagerRuntime
-from trocar_engines.tracker import StreamState, Tracker, TrackerConfig
+from trocar_engines.tracker import MOST_CLASSIFIED, UNKNOWN_CLASS, StreamState, Tracker, TrackerConfig
 
 BANK = BankConfig(recent_slots=3, candidate_iou=0.0, candidate_interval_s=0.0)
 WIDTH, HEIGHT = 160, 90
@@ -367,19 +367,21 @@ class TellingRuntime(EagerRuntime):
     def __init__(self) -> None:
         super().__init__(lively_network())
         self.presence, self.iou, self.instrument = 5.0, 0.9, 0
+        self.classified: list[int] = []
 
-    def track_masks(
-        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
-    ) -> Decoded:
-        decoded = super().track_masks(conditioned, features, prototypes, class_token)
-        classes = torch.full_like(decoded.class_logits, -5.0)
-        classes[:, self.instrument] = 5.0
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
+        decoded = super().track_masks(conditioned, features, prototypes)
         return decoded._replace(
             mask_logits=decoded.mask_logits.abs() + 0.1,
             predicted_iou=torch.full_like(decoded.predicted_iou, self.iou),
             presence_logit=torch.full_like(decoded.presence_logit, self.presence),
-            class_logits=classes,
         )
+
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        self.classified.append(len(class_token))
+        logits = torch.full_like(super().classify(class_token, pixels, mask_logits), -5.0)
+        logits[:, self.instrument] = 5.0
+        return logits
 
 
 @pytest.mark.parametrize(
@@ -404,14 +406,31 @@ def test_a_lost_object_comes_back_only_if_memory_and_semantics_agree(
     follow(tracker, stream, range(10, 60))
     runtime.presence, runtime.instrument, runtime.iou = 5.0, instrument, iou
     remembered = stream.objects[1].bank.recent.filled()
-    (masklet,) = tracker.step([stream], [picture(60)]).results[0].masklets
+    follow(tracker, stream, range(60, 61))  # classified after this one, so the next one tells
+    (masklet,) = tracker.step([stream], [picture(61)]).results[0].masklets
     assert masklet.state is state
     assert bool((masklet.mask_logits > 0).any()) == (state is ObjectState.VISIBLE)
-    follow(tracker, stream, range(61, 64))
+    follow(tracker, stream, range(62, 64))
     if state is ObjectState.LOST:
         assert stream.objects[1].bank.recent.filled() == remembered, "a look-alike is not remembered"
     outcome = tracker.prompt(stream, click(1, 63))
     assert outcome.masklet.state is ObjectState.VISIBLE, "a surgeon who points is believed"
+
+
+def test_objects_are_classified_in_turn_and_not_on_every_frame() -> None:
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=5, bank=BANK, class_interval_s=0.2))
+    stream = tracker.open_stream(BANK, 5)
+    follow(tracker, stream, range(1))
+    for object_id in range(1, 6):
+        tracker.prompt(stream, click(object_id, 0))
+    (step,) = tracker.step([stream], [picture(1)]).results
+    assert {masklet.class_name for masklet in step.masklets} == {UNKNOWN_CLASS}
+    follow(tracker, stream, range(2, 32))  # a second
+    assert max(runtime.classified) == MOST_CLASSIFIED
+    assert sum(runtime.classified) == pytest.approx(5 * 5, abs=5)
+    known = {tracked.class_probabilities is not None for tracked in stream.objects.values()}
+    assert known == {True}
 
 
 def catch_up(tracker: Tracker, stream: StreamState) -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from trocar.cli import EngineOptions, main
+from trocar.cli import EngineOptions, main, scheduler_config
 from trocar.config import ServerConfig
 from trocar.local import LocalServer
 from trocar_engines.masklets import UInt8Array
@@ -377,3 +377,11 @@ def test_weights_that_do_not_fit_are_one_line_that_lists_the_keys(
     for word in ("other.safetensors", "missing", "unexpected", "stranger"):
         assert word in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("cores", "asked", "threads"), [(1, 0, 1), (2, 0, 1), (8, 0, 7), (2, 2, 2)])
+def test_model_leaves_a_core_to_decoding(
+    cores: int, asked: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar_engines.models.cpu_threads", lambda: cores)
+    assert scheduler_config(EngineOptions(threads=asked)).threads == threads

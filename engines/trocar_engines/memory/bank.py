@@ -50,6 +50,8 @@ class BankConfig:
         candidate_run: so many candidates in a row elect one (SAM2S: 5).
         candidate_interval_s: least time between candidates. As published every frame is one, at 1 to 25
             frames a second; at 60 four long-term slots would span a third of a second.
+        absence_interval_s: an absence that lasts is remembered anew so often, in its one slot: what comes
+            meanwhile and is not taken for the object is then known to be none of it.
         low_iou: predicted IoU under which a jump in area counts as a mistake.
     """
 
@@ -60,6 +62,7 @@ class BankConfig:
     candidate_iou: float = 0.95
     candidate_run: int = 5
     candidate_interval_s: float = 0.2
+    absence_interval_s: float = 0.25
     low_iou: float = 0.5
 
     @property
@@ -156,7 +159,8 @@ class MemoryBank:
         self.frame = 0
         self.is_conditioned = False
         self.latest_slot = 0
-        self.holds_absence = False
+        self.absent_slot: int | None = None
+        self.absent_s = 0.0
         self.area = 0.0
         self._conditioning_frame = 0
         self._conditioning_summary: Float32Array | None = None
@@ -201,7 +205,8 @@ class MemoryBank:
             # A conditioning frame's age grows without bound on a live stream; training saw at most 15. SAM 2
             # lets it grow.
             pointer_ages=ages if self._is_vanilla else [min(age, RECENT_POINTERS) for age in ages],
-            prototypes=(told, long_term[-1] if long_term else told, self.latest_slot),
+            # While the object is away, a picture of everything that is not the object.
+            prototypes=(told, self.latest_slot if self.absent_slot is None else self.absent_slot),
         )
 
     def condition(self, summary: Float32Array, area: int) -> int:
@@ -218,7 +223,7 @@ class MemoryBank:
     def correct(self, area: int, time_s: float) -> int:
         """Slot for a frame that was corrected by a prompt."""
         self.area = float(area)
-        self.holds_absence = False
+        self.absent_slot = None
         self.latest_slot = self.corrections.next_slot(time_s)
         return self.latest_slot
 
@@ -238,23 +243,32 @@ class MemoryBank:
         self._members = {slot: self._members[slot] for slot in self.long_term.filled()}
         kept = [member.summary for member in self._members.values()]
         self.run.start_anew(kept[-1] if kept else self._conditioning_summary)
-        self.latest_slot, self.holds_absence = 0, False
+        self.latest_slot, self.absent_slot = 0, None
 
     def choose_slot(self, facts: FrameFacts) -> int | None:
         """Slot for a tracked frame, None if it is not worth remembering."""
         if not facts.is_trusted:
             return None
-        if self.config.policy is not MemoryPolicy.VANILLA:
-            if not facts.is_present and self.holds_absence:
-                return None  # one absence says it; six would flush what is known of the object
-            if facts.is_present and self._is_mistake(facts):
+        if not facts.is_present:
+            return (
+                self.recent.next_slot(facts.time_s) if self._is_vanilla else self._absent_slot(facts.time_s)
+            )
+        if not self._is_vanilla and self._is_mistake(facts):
+            return None
+        self.absent_slot = None
+        self.area = AREA_MEMORY * self.area + (1 - AREA_MEMORY) * facts.area
+        self.latest_slot = self.recent.next_slot(facts.time_s)
+        return self.latest_slot
+
+    def _absent_slot(self, time_s: float) -> int | None:
+        """Slot for a frame without the object: one at a time, as six would flush what is known of it."""
+        if self.absent_slot is not None:
+            if time_s < self.absent_s + self.config.absence_interval_s:
                 return None
-        self.holds_absence = not facts.is_present
-        if facts.is_present:
-            self.area = AREA_MEMORY * self.area + (1 - AREA_MEMORY) * facts.area
-            self.latest_slot = self.recent.next_slot(facts.time_s)
-            return self.latest_slot
-        return self.recent.next_slot(facts.time_s)
+            for ring in (self.recent, self._recent_pointers):
+                ring.discard_from(self.absent_s)
+        self.absent_slot, self.absent_s = self.recent.next_slot(time_s), time_s
+        return self.absent_slot
 
     def write(self, slot: int, spatial: Tensor, prototypes: Tensor) -> None:
         """Copy one memory, [C_mem, h, w] and [dim + 4, N], into a slot.

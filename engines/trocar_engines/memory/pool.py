@@ -119,8 +119,8 @@ class SlotReads:
     Args:
         slots: indices of filled slots, and `times`, their rows of the temporal embedding.
         pointers: indices of filled pointers, and `pointer_ages` in frames.
-        prototypes: `READOUT_SLOTS` slots that the affinity readout compares with: the frame prompted last,
-            the newest long-term memory, the latest frame that showed the object.
+        prototypes: `READOUT_SLOTS` slots that the affinity readout compares with: the frame prompted last
+            and the latest frame that showed the object.
     """
 
     __slots__ = ("pointer_ages", "pointers", "prototypes", "slots", "times")
@@ -132,7 +132,7 @@ class SlotReads:
         times: list[int],
         pointers: list[int],
         pointer_ages: list[int],
-        prototypes: tuple[int, int, int],
+        prototypes: tuple[int, int],
     ) -> None:
         self.slots, self.times = slots, times
         self.pointers, self.pointer_ages = pointers, pointer_ages

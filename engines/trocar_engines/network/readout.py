@@ -5,12 +5,14 @@ memory attention at stride 16. In a network this small memory attention loses ou
 them and hands the decoder a dense mask prompt.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 KEY_STRIDE = 8
-READOUT_SLOTS = 3
-"""Remembered pictures it compares with: the one prompted last, the newest long-term one, the latest one."""
+READOUT_SLOTS = 2
+"""Remembered pictures it compares with: the one prompted last, and the latest one."""
 BOX_MARGIN_PX = 12.0
 """So far outside a box lies what stands for everything that is not in it."""
 BOX_LOGIT = 3.0
@@ -47,8 +49,11 @@ class AffinityReadout(nn.Module):
         # Logits a key's distance outside a box costs.
         self.box_slope = nn.Parameter(torch.tensor(1.0))
         # 1 / σ of the Gaussian that ties a point to its place in a remembered picture, in picture sides:
-        # old pictures hardly, the latest one closely.
-        self.locality = nn.Parameter(torch.tensor([1.0, 1.0, 4.0]))
+        # the prompted one hardly, the latest one closely.
+        self.locality = nn.Parameter(torch.tensor([1.0, 4.0]))
+        # Log of how much each remembered picture counts. The prompted one is sure, the latest one a guess; as
+        # equals they let a mask creep onto something else while its object is away.
+        self.log_trust = nn.Parameter(torch.tensor([math.log(2.0), 0.0]))
         # Place in the picture, -1 to 1, of every stride-8 point and of every 2x2 block.
         ticks = (torch.arange(size).float() + 0.5) / size * 2 - 1
         place = torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), dim=0)
@@ -158,8 +163,9 @@ class AffinityReadout(nn.Module):
         scale = self.log_scale.exp()
         precision = self.locality.square().view(1, -1, 1, 1)
         # -|place - place'|²/σ² expands to a dot product, so nearness costs four channels and no second
-        # matrix. Every score is at most 0: exp cannot overflow, and the usual pass for the maximum is saved.
-        offset = mass - precision * place.square().sum(2, keepdim=True) - scale
+        # matrix. No score is much above 0: exp cannot overflow, and the usual pass for the maximum is saved.
+        trust = self.log_trust.view(1, -1, 1, 1)
+        offset = mass + trust - precision * place.square().sum(2, keepdim=True) - scale
         squared = (-precision).expand_as(offset)
         prototypes = torch.cat([scale * key, 2 * precision * place, offset, squared], dim=2)
         prototypes = prototypes.transpose(1, 2).flatten(2)  # [B, dim + 4, M·N]

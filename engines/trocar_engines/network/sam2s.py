@@ -3,7 +3,7 @@
 One method per stage of a frame's way, each a pure function of its tensors with static shapes, so that eager
 PyTorch, ONNX Runtime and TensorRT run the same graph:
 
-    encode_image ─ attend_memory ─ decode_masks ─ encode_memory
+    encode_image ─ attend_memory ─ decode_masks ─ encode_memory ─ classify
 
 Built from the modules of the sam2 package (arXiv 2408.00714), with that package's parameter names, so that
 official SAM 2.1 checkpoints load as they are. What the reference predictor keeps in dictionaries that grow,
@@ -105,14 +105,12 @@ class Decoded(NamedTuple):
         predicted_iou: [B], 0 to 1.
         presence_logit: [B]; above 0 the object is in the picture.
         pointer: [B, C] object pointer.
-        class_logits: [B, K]; K = 0 without a semantic head.
     """
 
     mask_logits: Tensor
     predicted_iou: Tensor
     presence_logit: Tensor
     pointer: Tensor
-    class_logits: Tensor
 
 
 class AllMasks(NamedTuple):
@@ -197,9 +195,7 @@ class SAM2S(nn.Module):
             self.readout_presence = nn.Linear(2, 1, bias=False)
             nn.init.zeros_(self.readout_presence.weight)
         if config.classes:
-            self.semantic_head = SemanticHead(
-                d_model=d_model, d_memory=d_memory, d_fine=d_model // 4, classes=config.classes
-            )
+            self.semantic_head = SemanticHead(d_model=d_model, d_memory=d_memory, classes=config.classes)
         picture_position = PositionEmbeddingSine(num_pos_feats=d_model, normalize=True)
         memory_position = PositionEmbeddingSine(num_pos_feats=d_memory, normalize=True)
         grid = torch.zeros(1, 1, size, size)
@@ -229,12 +225,15 @@ class SAM2S(nn.Module):
         Args:
             pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
         """
-        normalised = (pixels.float().permute(0, 3, 1, 2) - self.image_mean) / self.image_std
-        stride_4, stride_8, embedding = self.image_encoder(normalised)["backbone_fpn"]
+        stride_4, stride_8, embedding = self.image_encoder(self._normalised(pixels))["backbone_fpn"]
         keys = self.readout.keys(stride_8) if self.config.readout_dim else stride_8[:, :0]
         return ImageFeatures(
             embedding, self.sam_mask_decoder.conv_s0(stride_4), self.sam_mask_decoder.conv_s1(stride_8), keys
         )
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, S, S, 3] as the network reads them, [B, 3, S, S]."""
+        return (pixels.float().permute(0, 3, 1, 2) - self.image_mean) / self.image_std
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """What takes the place of `attend_memory` on an object's first frame; [B, C, h, w] to the same."""
@@ -300,7 +299,6 @@ class SAM2S(nn.Module):
         readout: Tensor,
         prompt: PromptTensors,
         is_multimask: Tensor,
-        class_token: Tensor,
     ) -> Decoded:
         """Masks, quality, presence and pointer of each object.
 
@@ -311,28 +309,17 @@ class SAM2S(nn.Module):
             readout: [B, 1, 2h, 2w] logits of the affinity readout, zeros without one.
             prompt: of the same B objects.
             is_multimask: bool [B]; choose the best of three masks instead of the single one.
-            class_token: [B, C] from `attend_memory`, or `without_class_memory`.
         """
         every = self.decode_all(conditioned, stride_4, stride_8, readout, prompt)
         logits, iou, token = select_mask(every, is_multimask)
-        return self._describe(logits, iou, token, every.presence_logit, class_token, conditioned, stride_8)
+        return self._describe(logits, iou, token, every.presence_logit)
 
-    def _describe(
-        self,
-        logits: Tensor,
-        iou: Tensor,
-        token: Tensor,
-        presence_logit: Tensor,
-        class_token: Tensor,
-        conditioned: Tensor,
-        stride_8: Tensor,
-    ) -> Decoded:
+    def _describe(self, logits: Tensor, iou: Tensor, token: Tensor, presence_logit: Tensor) -> Decoded:
         """What follows from the mask that was chosen of each object, and from its token."""
         is_present = (presence_logit > 0).unsqueeze(-1)
         logits = torch.where(is_present.unsqueeze(-1), logits, ABSENT_LOGIT)
         pointer = torch.where(is_present, self.obj_ptr_proj(token), self.no_obj_ptr)
-        classes = self.classify(class_token, conditioned, stride_8, logits)
-        return Decoded(logits, iou, presence_logit, pointer, classes)
+        return Decoded(logits, iou, presence_logit, pointer)
 
     def without_class_memory(self, batch: int) -> Tensor:
         """Class tokens of objects that begin, [B, C]."""
@@ -340,13 +327,20 @@ class SAM2S(nn.Module):
             return self.no_obj_ptr[:, :0].expand(batch, -1)
         return self.semantic_head.without_memory(batch)
 
-    def classify(
-        self, class_token: Tensor, conditioned: Tensor, stride_8: Tensor, mask_logits: Tensor
-    ) -> Tensor:
-        """Class logits [B, K] of the objects under the masks; arguments as in `decode_masks`."""
-        if not self.config.classes:
-            return class_token
-        return self.semantic_head(class_token, conditioned, stride_8, mask_logits)  # type: ignore[no-any-return]
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """What kinds of objects lie under the masks; only of a network with a semantic head.
+
+        A stage of its own, for a class does not change sixty times a second.
+
+        Args:
+            class_token: [B, C] from `attend_memory`, or `without_class_memory`.
+            pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
+            mask_logits: [B, 4h, 4w] of the objects in it.
+
+        Returns:
+            class logits [B, K].
+        """
+        return self.semantic_head(class_token, self._normalised(pixels), mask_logits)  # type: ignore[no-any-return]
 
     def decode_all(
         self,
@@ -410,8 +404,7 @@ class SAM2S(nn.Module):
         """
         readout = self.read_points(features, prompt)
         conditioned, stride_4, stride_8, _ = features
-        token = self.without_class_memory(conditioned.shape[0])
-        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, is_multimask, token)
+        return self.decode_masks(conditioned, stride_4, stride_8, readout, prompt, is_multimask)
 
     def read_affinity(self, keys: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         """The affinity readout as logits [B, 1, 2h, 2w], and what it adds to the presence logit, [B].
@@ -430,7 +423,6 @@ class SAM2S(nn.Module):
         stride_8: Tensor,
         keys: Tensor,
         prototypes: Tensor,
-        class_token: Tensor,
     ) -> Decoded:
         """`decode_masks` on a frame without prompt: no points, best of three, readout as mask prompt.
 
@@ -440,7 +432,6 @@ class SAM2S(nn.Module):
             stride_8: [B, C/4, 2h, 2w].
             keys: [B, dim, 2h, 2w]; read only by a network with a readout, like the next two.
             prototypes: [B, M, dim + 4, N].
-            class_token: [B, C] from `attend_memory`.
         """
         encoder = self.sam_prompt_encoder
         readout, presence, dense = stride_8[:, :1], None, self._no_mask
@@ -459,7 +450,7 @@ class SAM2S(nn.Module):
         presence_logit = candidates.presence_logit
         if presence is not None:
             presence_logit = presence_logit + presence
-        return self._describe(logits, iou, token, presence_logit, class_token, conditioned, stride_8)
+        return self._describe(logits, iou, token, presence_logit)
 
     def encode_memory(
         self,

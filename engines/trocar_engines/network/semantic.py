@@ -1,10 +1,13 @@
 """Temporal semantic head: what kind of object is it, judged over its whole memory.
 
 SAM2S (arXiv 2511.16618), "Temporal semantic learning": a learnable class token attends to the object's
-memory tokens, then to the current picture; its projection is compared with one vector per class. Ours attends
-to the picture where the object's mask lies, and sees the mask's outline and finer features beside it: what
-tells instruments apart is the shape of a tip that may be two tokens wide.
+memory tokens, then to the current picture; its projection is compared with one vector per class. What tells
+instruments apart is the shape of a tip that is narrower than a token of the picture, so ours looks at the
+current picture itself, through a window on the tip that is turned and scaled with the instrument.
 """
+
+import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +17,17 @@ from trocar_engines.network.attention import attend
 LOGIT_SCALE = 10.0
 """Fixed scale of the cosine similarities. CLIP (arXiv 2103.00020) and SAM2S take 100 for text embeddings,
 which lie close together; against orthonormal vectors that is sure of everything, and nothing was learnt."""
-OUTLINE_CHANNELS = 32
-OUTSIDE_SHARE = 1e-3
-"""Weight of a point outside the mask beside one inside."""
+EPSILON = 1e-6
+WIDTHS = (32, 48, 64, 96)
+"""Channels of the look through the window, whose sides each but the first halves."""
+WINDOW = (40, 24)
+"""Points of the window along the object and across it."""
+BEHIND, BEYOND, ASIDE = 5.5, 0.75, 2.0
+"""How far the window reaches back along the object from its tip, beyond it, and to each side, in widths."""
+NARROWEST, WIDEST = 1.0, 16.0
+"""Limits of an object's width, in points at stride 4."""
+BORDER_DECAY = 2.0
+"""So many points from the picture's border, a point of the mask counts e times less as where it comes in."""
 
 
 def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
@@ -33,32 +44,84 @@ def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
     return basis.T.contiguous()
 
 
-class SemanticHead(nn.Module):
-    """Class token, two cross-attentions, projection, cosine.
+def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies in a window on each object's tip, turned so that the object comes in from one end.
+
+    The tip is the point of the mask that lies furthest from where the mask meets the picture's border (or
+    comes nearest to it); the width is the area over the distance between the two.
 
     Args:
-        d_model: channels of the current picture's tokens.
+        mask_logits: [B, 4h, 4w].
+        picture: [B, 3, S, S] normalised, of any size.
+
+    Returns:
+        [B, 4, *WINDOW]: the mask, -1 to 1, and the picture; and [B, 2] width over `WIDEST`, length over the
+        picture's side.
+    """
+    mask_logits = mask_logits.float()
+    side = mask_logits.shape[-1]
+    ticks = torch.arange(side, device=mask_logits.device).float() + 0.5
+    y, x = torch.meshgrid(ticks, ticks, indexing="ij")
+    is_on = (mask_logits > 0).to(x.dtype)
+    to_border = torch.minimum(torch.minimum(x, side - x), torch.minimum(y, side - y))
+    entering = is_on * (-to_border / BORDER_DECAY).exp()
+    total = entering.sum((1, 2)).clamp(min=EPSILON)
+    from_x, from_y = (entering * x).sum((1, 2)) / total, (entering * y).sum((1, 2)) / total
+    distance = (x - from_x.view(-1, 1, 1)).square() + (y - from_y.view(-1, 1, 1)).square()
+    tip = (distance * is_on).flatten(1).argmax(1)
+    tip_x, tip_y = x.flatten()[tip], y.flatten()[tip]
+    length = ((tip_x - from_x).square() + (tip_y - from_y).square()).sqrt().clamp(min=2 * NARROWEST)
+    ahead_x, ahead_y = (tip_x - from_x) / length, (tip_y - from_y) / length
+    width = (is_on.sum((1, 2)) / length).clamp(NARROWEST, WIDEST)
+    steps = [(torch.arange(count, device=x.device).float() + 0.5) / count for count in WINDOW]
+    along, across = torch.meshgrid(
+        steps[0] * (BEHIND + BEYOND) - BEHIND, (2 * steps[1] - 1) * ASIDE, indexing="ij"
+    )
+    tip_x, tip_y, ahead_x, ahead_y, wide = (
+        of_each.view(-1, 1, 1) for of_each in (tip_x, tip_y, ahead_x, ahead_y, width)
+    )
+    points = torch.stack(
+        [
+            tip_x + wide * (along * ahead_x - across * ahead_y),
+            tip_y + wide * (along * ahead_y + across * ahead_x),
+        ],
+        dim=3,
+    )
+    grid = 2 * points / side - 1
+    mask = 2 * mask_logits.sigmoid().unsqueeze(1) - 1
+    seen = [
+        nn.functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        for maps in (mask, picture.float())
+    ]
+    return torch.cat(seen, dim=1), torch.stack([width / WIDEST, length / side], dim=1)
+
+
+class SemanticHead(nn.Module):
+    """Class token, a look at its memory and one at the object, projection, cosine.
+
+    Args:
+        d_model: channels of the token.
         d_memory: channels of memory tokens.
-        d_fine: channels of the features at stride 8.
         classes: their names, in the order of the logits.
     """
 
     vectors: Tensor
 
-    def __init__(self, *, d_model: int, d_memory: int, d_fine: int, classes: tuple[str, ...]) -> None:
+    def __init__(self, *, d_model: int, d_memory: int, classes: tuple[str, ...]) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, d_model) * 0.02)
         self.query_memory = nn.Linear(d_model, d_memory)
         self.from_memory = nn.Linear(d_memory, d_model)
-        self.norm = nn.LayerNorm(d_model)
-        # Four channels more: the mask at stride 4, a 2x2 block of it at every stride-8 point.
-        self.outline = nn.Sequential(
-            nn.Conv2d(d_fine + 4, OUTLINE_CHANNELS, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(OUTLINE_CHANNELS, d_model, 3, padding=1),
+        nn.init.zeros_(self.from_memory.weight)  # says nothing until it has learnt to
+        layers = [_layer(4, WIDTHS[0], 1), *(_layer(*pair, 2) for pair in itertools.pairwise(WIDTHS))]
+        places = math.prod(side // 2 ** (len(WIDTHS) - 1) for side in WINDOW)
+        self.look = nn.Sequential(
+            *itertools.chain.from_iterable(layers),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(WIDTHS[-1] * places, d_model),
         )
-        self.query_picture = nn.Linear(d_model, d_model)
-        self.from_picture = nn.Linear(d_model, d_model)
+        self.from_shape = nn.Linear(2, d_model)
         self.projection = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, d_model))
         self.register_buffer("vectors", class_vectors(classes, d_model))
 
@@ -77,23 +140,26 @@ class SemanticHead(nn.Module):
         """The class token of objects that begin, [B, d_model]."""
         return self.token.squeeze(1).expand(batch, -1)
 
-    def forward(self, token: Tensor, picture: Tensor, fine: Tensor, mask_logits: Tensor) -> Tensor:
+    def forward(self, token: Tensor, picture: Tensor, mask_logits: Tensor) -> Tensor:
         """Class logits of each object.
 
         Args:
             token: [B, d_model] from `remember` or `without_memory`.
-            picture: [B, d_model, h, w] embedding of the current picture.
-            fine: [B, d_fine, 2h, 2w] its features at stride 8.
+            picture: [B, 3, S, S] the current one, normalised.
             mask_logits: [B, 4h, 4w] of the object in it.
 
         Returns:
             [B, K], cosine times `LOGIT_SCALE`.
         """
-        mask = mask_logits.sigmoid().unsqueeze(1)
-        share = nn.functional.avg_pool2d(mask, 4).flatten(2)
-        outline = self.outline(torch.cat([fine, nn.functional.pixel_unshuffle(mask, 2)], dim=1))
-        token, points = token.unsqueeze(1), (picture + outline).flatten(2).transpose(1, 2)
-        query = self.query_picture(self.norm(token))
-        token = token + self.from_picture(attend(query, points, points, (share + OUTSIDE_SHARE).log()))
-        embedding = nn.functional.normalize(self.projection(token.squeeze(1)), dim=-1)
+        seen, shape = view_of_object(mask_logits, picture)
+        return self.compare(token + self.look(seen) + self.from_shape(shape))
+
+    def compare(self, token: Tensor) -> Tensor:
+        """Class logits [B, K] of what has become of a class token [B, d_model]."""
+        embedding = nn.functional.normalize(self.projection(token), dim=-1)
         return LOGIT_SCALE * embedding @ self.vectors.T
+
+
+def _layer(channels: int, width: int, stride: int) -> list[nn.Module]:
+    # Norms of each picture alone: those of a batch stand still where only a part of the network learns.
+    return [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.GroupNorm(8, width), nn.ReLU()]

@@ -224,14 +224,10 @@ class CudaRuntime:
             conditioned, class_token = self._call("attend_memory", embedding, *view, slots=most)
         return conditioned, class_token
 
-    def track_masks(
-        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
-    ) -> Decoded:
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
         """See `Runtime.track_masks`."""
         _, stride_4, stride_8, keys = features
-        return Decoded(
-            *self._call("track_masks", conditioned, stride_4, stride_8, keys, prototypes, class_token)
-        )
+        return Decoded(*self._call("track_masks", conditioned, stride_4, stride_8, keys, prototypes))
 
     @torch.inference_mode()
     def decode_prompt(
@@ -255,6 +251,11 @@ class CudaRuntime:
             "encode_memory", features.embedding, features.keys, mask_logits, presence_logit, is_prompted
         )
         return spatial, prototypes
+
+    @torch.inference_mode()
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """See `Runtime.classify`; some times a second for an object, so it is not captured."""
+        return self.network.classify(class_token, pixels.to(self.device), mask_logits).float().cpu()
 
     @torch.inference_mode()
     def without_memory(self, embedding: Tensor) -> Tensor:

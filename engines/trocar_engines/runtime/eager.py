@@ -31,12 +31,10 @@ class EagerRuntime:
         """See `Runtime.attend_memory`."""
         return self.network.attend_memory(embedding, memory, is_full=is_full)
 
-    def track_masks(
-        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
-    ) -> Decoded:
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
         """See `Runtime.track_masks`."""
         _, stride_4, stride_8, keys = features
-        return self.network.track_masks(conditioned, stride_4, stride_8, keys, prototypes, class_token)
+        return self.network.track_masks(conditioned, stride_4, stride_8, keys, prototypes)
 
     def decode_prompt(
         self,
@@ -55,6 +53,10 @@ class EagerRuntime:
         return self.network.encode_memory(
             features.embedding, features.keys, mask_logits, presence_logit, is_prompted
         )
+
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """See `Runtime.classify`."""
+        return self.network.classify(class_token, pixels, mask_logits)
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """See `Runtime.without_memory`."""

@@ -34,7 +34,6 @@ class Runtime(Protocol):
         conditioned: Tensor,
         features: ImageFeatures,
         prototypes: Tensor,
-        class_token: Tensor,
     ) -> Decoded:
         """Masks on a frame without prompt."""
 
@@ -51,6 +50,9 @@ class Runtime(Protocol):
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Spatial memory and prototypes of a frame."""
+
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """Class logits of objects in uint8 pictures, in float32 on the host; waits for the device."""
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """Embedding of a frame on which an object begins."""

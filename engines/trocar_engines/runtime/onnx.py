@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from trocar_engines.export import engine_folder, export_stages
+from trocar_engines.export import engine_folder, export_stages, stages_of
 from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
 from trocar_engines.runtime.clock import HostClock
 
@@ -35,7 +35,7 @@ class OnnxRuntime:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.config = network.config
-        paths = export_stages(network, engine_folder(cache, network), on_stage)
+        paths = export_stages(network, engine_folder(cache, network), on_stage, stages_of(network))
         # Opening is optimising a graph, on one thread each: together they take as long as the largest.
         with ThreadPoolExecutor(len(paths)) as openers:
             sessions = openers.map(lambda path: _open(path, threads), paths.values())
@@ -65,14 +65,10 @@ class OnnxRuntime:
         conditioned, class_token = self._run("attend_memory", embedding, *memory)
         return conditioned, class_token
 
-    def track_masks(
-        self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor, class_token: Tensor
-    ) -> Decoded:
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
         """See `Runtime.track_masks`."""
         _, stride_4, stride_8, keys = features
-        return Decoded(
-            *self._run("track_masks", conditioned, stride_4, stride_8, keys, prototypes, class_token)
-        )
+        return Decoded(*self._run("track_masks", conditioned, stride_4, stride_8, keys, prototypes))
 
     def decode_prompt(
         self,
@@ -94,6 +90,11 @@ class OnnxRuntime:
             "encode_memory", features.embedding, features.keys, mask_logits, presence_logit, is_prompted
         )
         return spatial, prototypes
+
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """See `Runtime.classify`."""
+        [logits] = self._run("classify", class_token, pixels, mask_logits)
+        return logits
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """See `Runtime.without_memory`."""

@@ -32,13 +32,11 @@ MOST_CLICKS = 5
 class _Memory:
     """What the objects of an episode remember; lists in order of time, the conditioning frame first.
 
-    `latest` are the prototypes of the latest frame that showed the object, `long_term` those of the newest
-    long-term memory, or of the conditioning frame as long as there is none.
+    `latest` are the prototypes of the latest frame that showed the object.
     """
 
     spatial: list[Tensor] = field(default_factory=list)
     prototypes: list[Tensor] = field(default_factory=list)
-    long_term: Tensor | None = None
     latest: Tensor | None = None
     pointers: list[Tensor] = field(default_factory=list)
 
@@ -70,22 +68,19 @@ def run_episode(
             if t == 0:
                 every, loss, mask_logits = _prompt(network, now, truth, rng, weights)
                 parts["prompt"].append(loss)
-                conditioned, token = now.embedding, network.without_class_memory(rows)
+                token = network.without_class_memory(rows)
             else:
-                every, conditioned, token = _track(network, now, memory, is_diverse=is_diverse, t=t)
+                every, token = _track(network, now, memory, is_diverse=is_diverse, t=t)
                 mask_logits = select_mask(every, torch.ones(rows, dtype=torch.bool, device=truth.device))[0]
                 parts["track"].append(mask_loss(every, truth, weights, is_single_used=True))
                 if network.config.readout_dim:
                     parts["readout"].append(_read_truth(network, features, masks, owner, clips, t))
                 _click_again(network, now, truth, rng, weights, parts["prompt"])
             if network.config.classes:
-                logits = network.classify(token, conditioned, now.stride_8, mask_logits.detach().float())
+                logits = network.classify(token, sample.pixels[owner, t], mask_logits.detach().float())
                 shown = torch.where(truth.flatten(1).any(dim=1), sample.classes.flatten(), NO_CLASS)
                 parts["class"].append(class_loss(logits, shown))
-            is_long_term = is_diverse and t in range(1, LONG_TERM_FRAMES + 1)
-            _remember(
-                network, now, memory, every, mask_logits, truth, is_prompted=t == 0, is_long_term=is_long_term
-            )
+            _remember(network, now, memory, every, mask_logits, truth, is_prompted=t == 0)
     means = {name: torch.stack(losses).mean() for name, losses in parts.items() if losses}
     total = means["prompt"] * 1.0
     if frames > 1:
@@ -191,8 +186,8 @@ def truth_logits(network: SAM2S, truth: Tensor) -> Tensor:
 
 def _track(
     network: SAM2S, now: ImageFeatures, memory: _Memory, *, is_diverse: bool, t: int
-) -> tuple[AllMasks, Tensor, Tensor]:
-    """Decode a frame without prompt from the memory of those before it; also what it was decoded from."""
+) -> tuple[AllMasks, Tensor]:
+    """Decode a frame without prompt from the memory of those before it; also its class tokens."""
     rows, device = now.embedding.shape[0], now.embedding.device
     long_term = list(range(1, LONG_TERM_FRAMES + 1)) if is_diverse and t > LONG_TERM_FRAMES else []
     recent = [index for index in range(1, t) if index not in long_term][-MOST_RECENT_SLOTS:]
@@ -214,27 +209,26 @@ def _track(
     readout, presence = mask_prompt[:, :, : size // 2, : size // 2], torch.zeros(rows, device=device)
     if network.config.readout_dim:
         assert memory.latest is not None
-        assert memory.long_term is not None
         with torch.autocast(device.type, enabled=False):
-            prototypes = torch.stack([memory.prototypes[0], memory.long_term, memory.latest], dim=1).float()
+            prototypes = torch.stack([memory.prototypes[0], memory.latest], dim=1).float()
             readout, presence = network.read_affinity(now.keys.float(), prototypes)
             mask_prompt = upsample(readout, 2)
     has_prompt = torch.full((rows,), bool(network.config.readout_dim), device=device)
     prompt = PromptTensors(points, labels, mask_prompt, has_prompt)
     every = network.decode_all(conditioned, now.stride_4, now.stride_8, readout, prompt)
-    return every._replace(presence_logit=every.presence_logit + presence), conditioned, class_token
+    return every._replace(presence_logit=every.presence_logit + presence), class_token
 
 
 def _read_truth(
     network: SAM2S, features: ImageFeatures, masks: Tensor, owner: Tensor, clips: int, t: int
 ) -> Tensor:
-    """Loss of the readout from the true masks of three frames before: what the keys can do."""
+    """Loss of the readout from the true masks of two frames before: what the keys can do."""
     keys = features.keys.float().unflatten(0, (clips, -1))[owner]
     with torch.autocast(keys.device.type, enabled=False):
         prototypes = torch.stack(
             [
                 network.readout.prototypes(keys[:, index], truth_logits(network, masks[:, index]))
-                for index in (0, t // 2, t - 1)
+                for index in (0, t - 1)
             ],
             dim=1,
         )
@@ -250,7 +244,6 @@ def _remember(
     truth: Tensor,
     *,
     is_prompted: bool,
-    is_long_term: bool,
 ) -> None:
     """Write the frame to memory as inference would: an absent object leaves an empty mask.
 
@@ -270,9 +263,5 @@ def _remember(
     memory.spatial.append(spatial)
     memory.prototypes.append(prototypes)
     shown = is_present.view(-1, 1, 1)
-    if memory.latest is None or memory.long_term is None:
-        memory.latest = memory.long_term = prototypes
-    memory.latest = torch.where(shown, prototypes, memory.latest)
-    if is_long_term:
-        memory.long_term = torch.where(shown, prototypes, memory.long_term)
+    memory.latest = prototypes if memory.latest is None else torch.where(shown, prototypes, memory.latest)
     memory.pointers.append(pointer.float())
