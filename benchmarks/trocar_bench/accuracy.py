@@ -111,7 +111,8 @@ class _LoadedModel:
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        config = scheduler_config(options)
+        # Nobody decodes beside it.
+        config = scheduler_config(replace(options, threads=options.threads or cpu_threads()))
         # One object: the memory of those that are evaluated is allocated when they are known.
         loaded = load_model(config.model, replace(config, max_objects=1), print_progress)
         self._entry, self._runtime = loaded.entry, loaded.tracker.runtime

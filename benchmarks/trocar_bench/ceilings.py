@@ -48,7 +48,7 @@ class Ceilings:
 
     Args:
         device: "cpu" or "cuda".
-        threads: that the CPU's ceilings were measured with, as many as the engine uses.
+        threads: that the CPU's ceilings were measured with, one a core; a server takes one less.
         fp32_gflops: 10^9 floating point operations a second of a matrix product; on a GPU without TF32.
         fp16_gflops: the same in half precision; None on a CPU.
         copy_gb_s: 10^9 bytes a second, read plus written.

@@ -46,7 +46,7 @@ class _Stage(nn.Module):
 
 
 def export_stages(
-    network: SAM2S, folder: Path, on_stage: Callable[[str], None], stages: Sequence[str] = STAGES
+    network: SAM2S, folder: Path, on_stage: Callable[[str], None], stages: Sequence[str] | None = None
 ) -> dict[str, Path]:
     """Write every stage that is not in `folder` yet; returns their paths.
 
@@ -54,8 +54,9 @@ def export_stages(
         network: with its weights, on the CPU.
         folder: of this network's engines, from `engine_folder`.
         on_stage: called with a stage's name before it is exported.
-        stages: which of `stage_functions`.
+        stages: which of `stage_functions`; None for all that a tracker runs of it.
     """
+    stages = stages_of(network) if stages is None else stages
     paths = {stage: folder / f"{stage}.onnx" for stage in stages}
     missing = [stage for stage in stages if not paths[stage].exists()]
     if not missing:

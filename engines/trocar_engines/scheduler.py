@@ -536,4 +536,5 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
         )
     log.info("%s runs as %s", name, runtime.name)
     tracker = Tracker(runtime, TrackerConfig(rows=config.max_objects, bank=largest))
+    tracker.warm_semantics()
     return LoadedModel(entry=entry, tracker=tracker)

@@ -1,6 +1,6 @@
 """The straight line from pictures to masklets, for many objects of many streams at once.
 
-encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory
+encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory ─ classify
 """
 
 import itertools
@@ -45,6 +45,8 @@ MOST_CLASSIFIED = 2
 """Objects of one batch that are classified on one tick; the others wait their turn."""
 LEAST_CLASS_PROBABILITY = 0.5
 """Below it a class is "unknown"."""
+LEAST_RETURN_PROBABILITY = 0.1
+"""Least probability of a LOST object's class in what is taken for it: kinds of instruments are alike."""
 UNKNOWN_CLASS = "unknown"
 
 
@@ -119,7 +121,8 @@ class TrackedObject:
         is_doubted: something was found on the last frame that is not believed to be the object; it is neither
             shown nor remembered.
         class_probabilities: running mean of what the object looked like, float32 [K]; None until then.
-        doubted_class: class probabilities of what is doubted, None until it is classified.
+        doubted_class: class probabilities of what was doubted last, and `doubted_at_s`, when; something else
+            may have taken its place since. None once the object is recognised.
         classified_at_s: when it was looked at last.
     """
 
@@ -137,6 +140,7 @@ class TrackedObject:
     frames_since_seen: int = 0
     class_probabilities: Float32Array | None = None
     doubted_class: Float32Array | None = None
+    doubted_at_s: float = -math.inf
     classified_at_s: float = -math.inf
 
 
@@ -241,6 +245,17 @@ class Tracker:
         self.pool = MemoryPool(self.network, rows=config.rows, slots=config.bank.slots, device=runtime.device)
         self._memory_clock: StageClock | None = None
 
+    @torch.inference_mode()
+    def warm_semantics(self) -> None:
+        """Classify nothing once: the first real object comes between two live frames."""
+        if not self.network.classes:
+            return
+        side, device = self.network.input_size_px, self.runtime.device
+        token = torch.zeros(1, self.network.d_model, device=device)
+        pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        mask_logits = torch.zeros(1, self.network.mask_size, self.network.mask_size, device=device)
+        self.runtime.classify(token, pixels, mask_logits)
+
     def open_stream(self, bank: BankConfig, most_objects: int) -> StreamState:
         """State for a new stream."""
         return StreamState(bank=bank, most_objects=most_objects)
@@ -326,7 +341,8 @@ class Tracker:
             decoded = self.runtime.track_masks(conditioned, features, prototypes)
             clock.lap("decode_masks")
             for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
-                row.masklet = self._masklet(row.tracked, read, row.frame)
+                can_look = row.pixels is not None
+                row.masklet = self._masklet(row.tracked, read, row.frame, can_look=can_look)
             batches.append(_Batch(batch, features, decoded, class_token))
             clock.lap("readback")
         return batches
@@ -371,18 +387,21 @@ class Tracker:
             for index, row in enumerate(rows)
             if row.pixels is not None
             and row.is_found
-            and row.frame.time_s >= row.tracked.classified_at_s + self.config.class_interval_s
+            and row.frame.is_trusted
+            # Either way: a source that begins anew may begin its clock anew.
+            and abs(row.frame.time_s - row.tracked.classified_at_s) >= self.config.class_interval_s
         ]
         due = sorted(due, key=lambda index: rows[index].tracked.classified_at_s)[:MOST_CLASSIFIED]
         if not due:
             return
-        pixels = torch.stack([torch.from_numpy(rows[index].pixels) for index in due])
-        logits = self.runtime.classify(class_token[due], pixels, decoded.mask_logits[due]).numpy()
+        shown = [pixels for index in due if (pixels := rows[index].pixels) is not None]
+        of_due = torch.from_numpy(np.stack(shown))
+        logits = self.runtime.classify(class_token[due], of_due, decoded.mask_logits[due]).numpy()
         for index, of_one in zip(due, logits, strict=True):
             tracked, likely = rows[index].tracked, _softmax(of_one)
             tracked.classified_at_s = rows[index].frame.time_s
             if tracked.is_doubted:
-                tracked.doubted_class = likely
+                tracked.doubted_class, tracked.doubted_at_s = likely, tracked.classified_at_s
             elif tracked.class_probabilities is None:
                 tracked.class_probabilities = likely
             else:
@@ -589,15 +608,22 @@ class Tracker:
         if is_new:
             tracked.class_probabilities, tracked.classified_at_s = None, -math.inf
 
-    def _masklet(self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame) -> Masklet:
-        """The masklet of an object on a frame; moves the object's state."""
+    def _masklet(
+        self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool = True
+    ) -> Masklet:
+        """The masklet of an object on a frame; moves the object's state.
+
+        Args:
+            can_look: the picture is at hand, so that what is found can be classified.
+        """
         is_found = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
         is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
-        is_recognised = is_found and (not is_lost or self._is_recognised(tracked, read))
-        if is_found and not is_recognised and not tracked.is_doubted:
-            tracked.doubted_class, tracked.classified_at_s = None, -math.inf
+        is_recognised = is_found and (
+            not is_lost or self._is_recognised(tracked, read, frame, can_look=can_look)
+        )
         tracked.is_doubted = is_found and not is_recognised
         if is_recognised:
+            tracked.doubted_class = None
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             state = ObjectState.VISIBLE
         else:
@@ -618,23 +644,25 @@ class Tracker:
             frames_since_seen=tracked.frames_since_seen,
         )
 
-    def _is_recognised(self, tracked: TrackedObject, read: "_Readback") -> bool:
+    def _is_recognised(
+        self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool
+    ) -> bool:
         """Whether what is taken for a lost object is that object: memory and semantics must agree.
 
-        Its mask must look sound, and where the object's class is known it must not look like another one. A
-        look-alike should not inherit an identity.
+        Its mask must look sound, and where the object's class is known it must not surely look like another
+        one. A look-alike should not inherit an identity.
         """
         if tracked.bank.config.policy is MemoryPolicy.VANILLA:
             return True
         if read.predicted_iou < self.config.return_iou:
             return False
-        name, _ = self._class_of(tracked.class_probabilities)
-        if name == UNKNOWN_CLASS:
+        known = tracked.class_probabilities
+        if not can_look or known is None or known.max() < LEAST_CLASS_PROBABILITY:
             return True
-        if not tracked.is_doubted or tracked.doubted_class is None:
+        age_s = abs(frame.time_s - tracked.doubted_at_s)
+        if tracked.doubted_class is None or age_s > 2 * self.config.class_interval_s:
             return False  # classified after the reply; the next frame tells
-        now, _ = self._class_of(tracked.doubted_class)
-        return now in (UNKNOWN_CLASS, name)
+        return bool(tracked.doubted_class[known.argmax()] >= LEAST_RETURN_PROBABILITY)
 
     def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
         if probabilities is None:

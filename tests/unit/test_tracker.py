@@ -417,6 +417,60 @@ def test_a_lost_object_comes_back_only_if_memory_and_semantics_agree(
     assert outcome.masklet.state is ObjectState.VISIBLE, "a surgeon who points is believed"
 
 
+def lose(tracker: Tracker, stream: StreamState, runtime: TellingRuntime, last: int) -> None:
+    """An object that was classified, and then was away for so long that it is lost."""
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 10))
+    runtime.presence = -5.0
+    follow(tracker, stream, range(10, last))
+
+
+def test_a_return_that_flickers_is_recognised() -> None:
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=1.0))
+    stream = tracker.open_stream(BANK, 1)
+    lose(tracker, stream, runtime, 60)
+    states = []
+    for frame in range(60, 66):
+        runtime.presence = 5.0 if frame % 2 else -5.0
+        step = tracker.step([stream], [picture(frame)])
+        tracker.remember(step)
+        states.append(step.results[0].masklets[0].state)
+    lost, seen = ObjectState.LOST, ObjectState.VISIBLE
+    assert states[:4] == [lost, lost, lost, seen], "classified on the second, recognised on the fourth"
+
+
+def test_a_clock_that_begins_anew_stops_no_classification() -> None:
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(3000, 3001))
+    tracker.prompt(stream, click(1, 3000))
+    follow(tracker, stream, range(3001, 3010))
+    before = len(runtime.classified)
+    for frame in range(3010, 3040):
+        late = dataclasses.replace(picture(frame), time_s=(frame - 3010) / 30)
+        tracker.remember(tracker.step([stream], [late]))
+    assert len(runtime.classified) >= before + 4
+
+
+def test_a_lost_object_that_catches_up_waits_for_no_class() -> None:
+    """Frames of the past are kept as features; their pictures are gone and cannot be classified."""
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=0.1))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 40))
+    assert stream.objects[1].class_probabilities is not None
+    tracker.prompt(stream, click(1, 20))
+    stream.objects[1].seen_at_s -= 1.0
+    catch_up(tracker, stream)
+    assert stream.objects[1].bank.recent.filled(), "what it passed on its way is remembered"
+    assert not stream.objects[1].is_doubted
+
+
 def test_objects_are_classified_in_turn_and_not_on_every_frame() -> None:
     runtime = TellingRuntime()
     tracker = Tracker(runtime, TrackerConfig(rows=5, bank=BANK, class_interval_s=0.2))

@@ -385,3 +385,8 @@ def test_model_leaves_a_core_to_decoding(
 ) -> None:
     monkeypatch.setattr("trocar_engines.models.cpu_threads", lambda: cores)
     assert scheduler_config(EngineOptions(threads=asked)).threads == threads
+
+
+def test_threads_below_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--threads", "-1"]) == 2
+    assert "--threads -1: expected at least 1" in capsys.readouterr().err

@@ -104,6 +104,10 @@ class Ring:
         """Filled slots, oldest first."""
         return list(self.times)
 
+    def discard_latest(self) -> None:
+        """Empty the slot that was written last."""
+        self.times.popitem()
+
     def discard_from(self, time: float) -> None:
         """Empty what was written at `time` or later."""
         self.times = {slot: written for slot, written in self.times.items() if written < time}
@@ -263,10 +267,10 @@ class MemoryBank:
     def _absent_slot(self, time_s: float) -> int | None:
         """Slot for a frame without the object: one at a time, as six would flush what is known of it."""
         if self.absent_slot is not None:
-            if time_s < self.absent_s + self.config.absence_interval_s:
+            if abs(time_s - self.absent_s) < self.config.absence_interval_s:
                 return None
             for ring in (self.recent, self._recent_pointers):
-                ring.discard_from(self.absent_s)
+                ring.discard_latest()
         self.absent_slot, self.absent_s = self.recent.next_slot(time_s), time_s
         return self.absent_slot
 

@@ -120,7 +120,7 @@ class SlotReads:
         slots: indices of filled slots, and `times`, their rows of the temporal embedding.
         pointers: indices of filled pointers, and `pointer_ages` in frames.
         prototypes: `READOUT_SLOTS` slots that the affinity readout compares with: the frame prompted last
-            and the latest frame that showed the object.
+            and the latest frame that showed the object or, while it is away, that did not.
     """
 
     __slots__ = ("pointer_ages", "pointers", "prototypes", "slots", "times")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 KEY_STRIDE = 8
 READOUT_SLOTS = 2
-"""Remembered pictures it compares with: the one prompted last, and the latest one."""
+"""Remembered pictures it compares with: the one prompted last, and the latest (see `MemoryBank.reads`)."""
 BOX_MARGIN_PX = 12.0
 """So far outside a box lies what stands for everything that is not in it."""
 BOX_LOGIT = 3.0

@@ -430,7 +430,7 @@ class SAM2S(nn.Module):
             conditioned: [B, C, h, w] from `attend_memory`.
             stride_4: [B, C/8, 4h, 4w].
             stride_8: [B, C/4, 2h, 2w].
-            keys: [B, dim, 2h, 2w]; read only by a network with a readout, like the next two.
+            keys: [B, dim, 2h, 2w]; read only by a network with a readout, like `prototypes`.
             prototypes: [B, M, dim + 4, N].
         """
         encoder = self.sam_prompt_encoder

@@ -64,7 +64,8 @@ def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
     is_on = (mask_logits > 0).to(x.dtype)
     to_border = torch.minimum(torch.minimum(x, side - x), torch.minimum(y, side - y))
-    entering = is_on * (-to_border / BORDER_DECAY).exp()
+    nearest = torch.where(is_on > 0, to_border, float(side)).amin((1, 2), keepdim=True)
+    entering = is_on * ((nearest - to_border) / BORDER_DECAY).exp()
     total = entering.sum((1, 2)).clamp(min=EPSILON)
     from_x, from_y = (entering * x).sum((1, 2)) / total, (entering * y).sum((1, 2)) / total
     distance = (x - from_x.view(-1, 1, 1)).square() + (y - from_y.view(-1, 1, 1)).square()

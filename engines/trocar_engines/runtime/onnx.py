@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from trocar_engines.export import engine_folder, export_stages, stages_of
+from trocar_engines.export import engine_folder, export_stages
 from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
 from trocar_engines.runtime.clock import HostClock
 
@@ -35,7 +35,7 @@ class OnnxRuntime:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.config = network.config
-        paths = export_stages(network, engine_folder(cache, network), on_stage, stages_of(network))
+        paths = export_stages(network, engine_folder(cache, network), on_stage)
         # Opening is optimising a graph, on one thread each: together they take as long as the largest.
         with ThreadPoolExecutor(len(paths)) as openers:
             sessions = openers.map(lambda path: _open(path, threads), paths.values())

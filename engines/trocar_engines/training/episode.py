@@ -247,6 +247,8 @@ def _remember(
 ) -> None:
     """Write the frame to memory as inference would: an absent object leaves an empty mask.
 
+    Only the readout's latest picture stays the last that showed the object.
+
     Whether it is absent comes from the truth, as a presence head that is still wrong would teach the memory
     nonsense; inference takes the head's word.
     """
