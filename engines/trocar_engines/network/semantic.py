@@ -17,7 +17,6 @@ from trocar_engines.network.attention import attend
 LOGIT_SCALE = 10.0
 """Fixed scale of the cosine similarities. CLIP (arXiv 2103.00020) and SAM2S take 100 for text embeddings,
 which lie close together; against orthonormal vectors that is sure of everything, and nothing was learnt."""
-EPSILON = 1e-6
 WIDTHS = (32, 48, 64, 96)
 """Channels of the look through the window, whose sides each but the first halves."""
 WINDOW = (40, 24)
@@ -66,7 +65,7 @@ def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor
     to_border = torch.minimum(torch.minimum(x, side - x), torch.minimum(y, side - y))
     nearest = torch.where(is_on > 0, to_border, float(side)).amin((1, 2), keepdim=True)
     entering = is_on * ((nearest - to_border) / BORDER_DECAY).exp()
-    total = entering.sum((1, 2)).clamp(min=EPSILON)
+    total = entering.sum((1, 2)).clamp(min=1.0)  # less only of an empty mask
     from_x, from_y = (entering * x).sum((1, 2)) / total, (entering * y).sum((1, 2)) / total
     distance = (x - from_x.view(-1, 1, 1)).square() + (y - from_y.view(-1, 1, 1)).square()
     tip = (distance * is_on).flatten(1).argmax(1)
@@ -153,10 +152,7 @@ class SemanticHead(nn.Module):
             [B, K], cosine times `LOGIT_SCALE`.
         """
         seen, shape = view_of_object(mask_logits, picture)
-        return self.compare(token + self.look(seen) + self.from_shape(shape))
-
-    def compare(self, token: Tensor) -> Tensor:
-        """Class logits [B, K] of what has become of a class token [B, d_model]."""
+        token = token + self.look(seen) + self.from_shape(shape)
         embedding = nn.functional.normalize(self.projection(token), dim=-1)
         return LOGIT_SCALE * embedding @ self.vectors.T
 
