@@ -80,14 +80,16 @@ class Gateway:
         """Serve one page until it leaves."""
         await websocket.accept()
         with contextlib.suppress(WebSocketDisconnect, TimeoutError):
-            hello, _ = unpack(await asyncio.wait_for(websocket.receive_bytes(), HELLO_TIMEOUT_S))
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello, _ = unpack(await websocket.receive_bytes())
             tab = str(hello.get("tab", ""))
             if self._is_taken(tab) and not hello.get("takeover"):
                 await websocket.send_bytes(pack({"type": "busy"}))
                 await websocket.close()
                 return
             while self._screen is not None:
-                await asyncio.wait_for(self._screen.hand_over(), TAKEOVER_TIMEOUT_S)
+                async with asyncio.timeout(TAKEOVER_TIMEOUT_S):
+                    await self._screen.hand_over()
             can_decode = bool(hello.get("h264"))
             screen = self._screen = Screen(self, websocket, tab=tab, can_decode=can_decode)
             try:

@@ -128,7 +128,8 @@ class TrackerLink:
     async def _ask(self, client: Client) -> pb.GetServerInfoResponse:
         # A call without end would be the end of all attempts; hanging up ends the thread.
         try:
-            return await asyncio.wait_for(asyncio.to_thread(client.server_info), self._silence_s)
+            async with asyncio.timeout(self._silence_s):
+                return await asyncio.to_thread(client.server_info)
         except TimeoutError:
             raise self._describe_silence() from None
 
@@ -158,7 +159,8 @@ class TrackerLink:
         heard_s = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
-                event = await asyncio.wait_for(events.get(), CHECK_S)
+                async with asyncio.timeout(CHECK_S):
+                    event = await events.get()
                 if isinstance(event, ConnectionFailedError):
                     raise event
                 self._owes_answer = False

@@ -7,7 +7,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -511,10 +511,9 @@ class TrackingServer:
             False when the device or the decoders failed.
         """
         while not self._stopping.is_set() and self.is_healthy:
-            try:
-                await asyncio.wait_for(self._stopping.wait(), HEALTH_CHECK_INTERVAL_S)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_CHECK_INTERVAL_S):
+                    await self._stopping.wait()
         is_healthy = self.is_healthy
         if not is_healthy:
             log.critical(
@@ -559,7 +558,8 @@ def name_model_health(model: str) -> str:
 
 async def _read_open_stream(requests: AsyncIterator[pb.TrackRequest]) -> pb.OpenStream:
     try:
-        first = await asyncio.wait_for(next_request(requests), OPEN_TIMEOUT_S)
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            first = await next_request(requests)
     except TimeoutError:
         raise ContractError(f"no message in {OPEN_TIMEOUT_S:g} s: expected open_stream") from None
     kind = "the end of the call" if first is None else first.WhichOneof("request") or "an empty request"

@@ -462,6 +462,34 @@ class StrangeServicer(pb_grpc.TrackingServiceServicer):
         return pb.GetServerInfoResponse()
 
 
+class TalkingServicer(pb_grpc.TrackingServiceServicer):
+    """Has always something to say."""
+
+    def Track(self, request_iterator: Any, context: Any) -> Iterator[pb.TrackResponse]:  # noqa: N802
+        yield pb.TrackResponse(stream_opened=pb.StreamOpened())
+        while context.is_active():
+            yield pb.TrackResponse(stream_warning=pb.StreamWarning(message="still here"))
+
+    def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:  # noqa: N802
+        return pb.GetServerInfoResponse()
+
+
+async def test_line_that_is_given_up_ends_although_events_keep_coming() -> None:
+    states = asyncio.Queue[LinkState]()
+    server, address = serve_stub(TalkingServicer())
+    # On some turn of the loop the cancellation comes together with an event.
+    for turns in range(20):
+        running = asyncio.create_task(link_to(address, states, silence_s=TIMEOUT_S).run())
+        async with asyncio.timeout(TIMEOUT_S):
+            assert (await states.get()).is_up
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait([running], timeout=2)
+        assert running.cancelled()
+    await asyncio.to_thread(server.stop(None).wait)
+
+
 async def test_answer_that_cannot_be_read_breaks_the_line_with_its_reason() -> None:
     states = asyncio.Queue[LinkState]()
     server, address = serve_stub(StrangeServicer())
