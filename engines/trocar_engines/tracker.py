@@ -355,7 +355,11 @@ class Tracker:
             self._memory_clock = clock
         for batch, features, decoded, class_token in step.batches:
             facts = [row.facts for row in batch]
-            slots = [row.tracked.bank.choose_slot(fact) for row, fact in zip(batch, facts, strict=True)]
+            due = [row.tracked.bank.is_due(fact) for row, fact in zip(batch, facts, strict=True)]
+            slots = [
+                row.tracked.bank.choose_slot(fact) if is_due else None
+                for row, fact, is_due in zip(batch, facts, due, strict=True)
+            ]
             worth = [index for index, slot in enumerate(slots) if slot is not None]
             if worth:
                 chosen = torch.tensor(worth)
@@ -374,8 +378,9 @@ class Tracker:
                     self.pool.pointers[bank.row, bank.pointer_slot(facts[index].time_s)] = decoded.pointer[
                         index
                     ]
-            for row, fact, slot in zip(batch, facts, slots, strict=True):
-                row.tracked.bank.consider(fact, slot)
+            for row, fact, slot, is_due in zip(batch, facts, slots, due, strict=True):
+                if is_due:
+                    row.tracked.bank.consider(fact, slot)
             if self.network.classes:
                 self._classify(batch, decoded, class_token)
         clock.lap("write_memory")

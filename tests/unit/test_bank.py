@@ -44,6 +44,8 @@ def facts(
 def track(bank: MemoryBank, frame: FrameFacts) -> int | None:
     """One frame as the tracker does it; the slot's tensor is marked with the frame's time."""
     bank.advance()
+    if not bank.is_due(frame):
+        return None
     slot = bank.choose_slot(frame)
     if slot is not None:
         bank.pool.spatial[bank.row, slot] = frame.time_s
@@ -60,6 +62,37 @@ def test_recent_slots_carry_sam2s_temporal_rows() -> None:
     assert reads.slots[:4] == [0, 2, 3, 1]
     assert reads.times[:4] == [CONDITIONING, 2, 1, 0]
     assert reads.prototypes == (0, 1)
+
+
+@pytest.mark.parametrize(("rate_hz", "remembered"), [(25, 50), (30, 60), (50, 50), (60, 60)])
+def test_recent_memories_are_taken_on_the_clock_at_high_frame_rates(rate_hz: int, remembered: int) -> None:
+    bank = make_bank()
+    slots = [track(bank, facts(frame / rate_hz)) for frame in range(2 * rate_hz)]
+    assert sum(slot is not None for slot in slots) == remembered
+
+
+def test_vanilla_remembers_every_frame_at_any_rate() -> None:
+    bank = make_bank(policy=MemoryPolicy.VANILLA)
+    assert all(track(bank, facts(frame / 120)) is not None for frame in range(20))
+
+
+def test_a_frame_that_comes_too_soon_breaks_no_run_of_candidates() -> None:
+    bank = make_bank()
+    for frame in range(10):
+        track(bank, facts(frame / 60, angle=8.0 * frame))
+    assert len(bank.long_term.filled()) == 1
+
+
+def test_absence_and_return_are_remembered_at_once_at_any_rate() -> None:
+    bank = make_bank()
+    frames = [facts(0.0), facts(0.01, present=False), facts(0.02), facts(0.03)]
+    assert [track(bank, frame) is not None for frame in frames] == [True, True, True, False]
+
+
+def test_clock_that_begins_anew_is_remembered() -> None:
+    bank = make_bank()
+    track(bank, facts(100.0))
+    assert track(bank, facts(0.0)) is not None
 
 
 def test_fifth_candidate_elects_the_least_similar_frame() -> None:

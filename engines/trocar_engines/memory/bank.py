@@ -46,6 +46,8 @@ class BankConfig:
         recent_slots: most recent frames.
         long_term_slots: long-term memories (SAM2S: 4).
         correction_slots: latest corrected frames.
+        recent_interval_s: least time between two recent memories of an object in view. Shorter than between
+            frames at 30 a second, longer than at 60, where recent memory so spans as much and costs half.
         candidate_iou: predicted IoU above which a frame may become a long-term memory (SAM2S: 0.95).
         candidate_run: so many candidates in a row elect one (SAM2S: 5).
         candidate_interval_s: least time between candidates. As published every frame is one, at 1 to 25
@@ -57,6 +59,7 @@ class BankConfig:
 
     policy: MemoryPolicy = MemoryPolicy.FIFO
     recent_slots: int = 6
+    recent_interval_s: float = 0.025
     long_term_slots: int = 4
     correction_slots: int = 2
     candidate_iou: float = 0.95
@@ -248,6 +251,15 @@ class MemoryBank:
         kept = [member.summary for member in self._members.values()]
         self.run.start_anew(kept[-1] if kept else self._conditioning_summary)
         self.latest_slot, self.absent_slot = 0, None
+
+    def is_due(self, facts: FrameFacts) -> bool:
+        """Whether a tracked frame is to be remembered at all, or came too soon after the one before."""
+        is_news = not (facts.is_trusted and facts.is_present) or self.absent_slot is not None
+        if is_news or self._is_vanilla or not self.recent.times:
+            return True
+        latest_s = next(reversed(self.recent.times.values()))
+        # Either way: a source that begins anew may begin its clock anew.
+        return abs(facts.time_s - latest_s) >= self.config.recent_interval_s
 
     def choose_slot(self, facts: FrameFacts) -> int | None:
         """Slot for a tracked frame, None if it is not worth remembering."""
