@@ -855,10 +855,15 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to begin with")
     parser.add_argument(
-        "--only",
-        default="",
-        metavar="PREFIX",
-        help="let only parameters learn whose names begin so, for instance semantic_head for other classes",
+        "--only-classes",
+        action="store_true",
+        help="let only the semantic head learn, from windows on the instruments of rendered stills",
+    )
+    parser.add_argument(
+        "--windows",
+        type=Path,
+        default=Path("runs/windows"),
+        help="folder of rendered windows, for --only-classes; filled when short, about 35 a scene",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for every core")
@@ -869,21 +874,32 @@ def _train(options: argparse.Namespace) -> int:
     from trocar_engines.network.config import network_config
     from trocar_engines.training.store import render_store
     from trocar_engines.training.train import Progress, TrainConfig, train
+    from trocar_engines.training.windows import render_window_store
 
-    if options.only and options.start_from is None:
-        raise TrocarError("--only needs --start-from: the rest of the network would stay random")
+    if options.only_classes and options.start_from is None:
+        raise TrocarError("--only-classes needs --start-from: the rest of the network would stay random")
     threads = options.threads or cpu_threads()
     size_px = network_config(options.model).input_size_px
-    with _show_progress("rendering clips", options.scenes + options.worlds) as on_clip:
-        rendered = itertools.count(1)
-        render_store(
-            options.clips,
-            size_px=size_px,
-            scenes=options.scenes,
-            worlds=options.worlds,
-            workers=threads,
-            on_clip=lambda: on_clip(next(rendered)),
-        )
+    rendered = itertools.count(1)
+    if options.only_classes:
+        with _show_progress("rendering windows", options.scenes) as on_ground:
+            render_window_store(
+                options.windows,
+                size_px=size_px,
+                grounds=options.scenes,
+                workers=threads,
+                on_ground=lambda: on_ground(next(rendered)),
+            )
+    else:
+        with _show_progress("rendering clips", options.scenes + options.worlds) as on_clip:
+            render_store(
+                options.clips,
+                size_px=size_px,
+                scenes=options.scenes,
+                worlds=options.worlds,
+                workers=threads,
+                on_clip=lambda: on_clip(next(rendered)),
+            )
     set_torch_threads(threads)
     config = TrainConfig(
         model=options.model,
@@ -894,7 +910,8 @@ def _train(options: argparse.Namespace) -> int:
         seed=options.seed,
         start_from=options.start_from,
         device=options.device,
-        only=options.only,
+        only_classes=options.only_classes,
+        windows=options.windows,
     )
     last: Progress | None = None
 

@@ -9,11 +9,14 @@ import torch
 from networks import TINY
 from trocar_engines.errors import TrocarError
 from trocar_engines.network import config as network_configs
+from trocar_engines.network.config import INSTRUMENT_CLASSES
+from trocar_engines.network.semantic import WINDOW
 from trocar_engines.training.clicks import farthest_point, next_click, training_boxes
 from trocar_engines.training.losses import LossWeights, dice_loss, focal_loss, soften
 from trocar_engines.training.sampling import ClipSamples, Mix, _add_look_alike, _mark, augment
 from trocar_engines.training.store import StoredClip, open_store, render_store
 from trocar_engines.training.train import NaNLossError, Stage, TrainConfig, _Run, train
+from trocar_engines.training.windows import open_windows, render_window_store, render_windows
 
 
 def disc(size: int, x: int, y: int, radius: int) -> np.ndarray:
@@ -127,17 +130,72 @@ def test_stopped_training_resumes_to_the_same_weights(tiny_training: TrainConfig
         torch.testing.assert_close(results[1]["network"][name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_only_what_is_named_learns(tiny_training: TrainConfig) -> None:
-    run = _Run(dataclasses.replace(tiny_training, only="semantic_head", mix=Mix(pasted=0.0)))
+@pytest.fixture(scope="session")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("windows")
+    render_window_store(folder, size_px=TINY.input_size_px, grounds=2, workers=1, on_ground=lambda: None)
+    return folder
+
+
+def test_windows_are_rendered_once_and_the_same(windows: Path, tmp_path: Path) -> None:
+    size_px = TINY.input_size_px
+    stored = sorted(windows.iterdir())
+    times = [path.stat().st_mtime_ns for path in stored]
+    done: list[None] = []
+    render_window_store(windows, size_px=size_px, grounds=2, workers=1, on_ground=lambda: done.append(None))
+    assert len(done) == 2
+    assert [path.stat().st_mtime_ns for path in sorted(windows.iterdir())] == times
+    again = np.load(render_windows(tmp_path, size_px, 1))
+    for name, values in np.load(stored[1]).items():
+        np.testing.assert_array_equal(again[name], values)
+
+
+def test_windows_show_every_kind_of_instrument_and_tissue(windows: Path) -> None:
+    found = open_windows(windows, TINY.input_size_px)
+    assert found is not None
+    assert set(found.classes.tolist()) == set(range(len(INSTRUMENT_CLASSES)))
+    assert found.seen.shape[1:] == (4, *WINDOW)
+    inside = (found.seen[:, 0] > 0).float().mean(dim=(1, 2))
+    assert ((inside > 0.01) & (inside < 0.99)).float().mean() > 0.9, "a window is on an object"
+
+
+def test_only_the_semantic_head_learns_from_windows(tiny_training: TrainConfig, windows: Path) -> None:
+    run = _Run(dataclasses.replace(tiny_training, only_classes=True, windows=windows))
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
     for batch in run.batches():
         run.advance(batch)
     changed = {
         name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])
     }
-    assert changed == {name for name, _ in run.network.semantic_head.named_parameters(prefix="semantic_head")}
-    with pytest.raises(TrocarError, match="no parameter of tiny begins with 'smantic'"):
-        _Run(dataclasses.replace(tiny_training, only="smantic"))
+    head = run.network.semantic_head
+    memory = {name for name, _ in head.named_parameters(prefix="semantic_head") if "_memory" in name}
+    assert changed == {name for name, _ in head.named_parameters(prefix="semantic_head")} - memory
+
+
+def test_classes_learn_from_windows_and_resume(tiny_training: TrainConfig, windows: Path) -> None:
+    whole = dataclasses.replace(tiny_training, only_classes=True, windows=windows, steps=6, save_every=3)
+    halved = dataclasses.replace(whole, out=tiny_training.out / "halved")
+    run = _Run(whole)
+    losses = [run.advance(batch)["loss"] for batch in run.batches()]
+    assert losses[-1] < losses[0]
+    for _ in range(2):
+        resumed = _Run(halved)
+        for batch in resumed.batches():
+            resumed.advance(batch)
+            if resumed.step == 3:
+                break
+        resumed.save()
+    assert resumed.step == run.step == 6
+    for name, value in resumed.network.state_dict().items():
+        torch.testing.assert_close(value, run.network.state_dict()[name], atol=0, rtol=0, msg=name)
+
+
+def test_classes_without_windows_or_head_are_refused(tiny_training: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_training, only_classes=True, windows=tmp_path)
+    with pytest.raises(TrocarError, match="holds no rendered window"):
+        list(_Run(config).batches())
+    with pytest.raises(TrocarError, match="knows no classes"):
+        _Run(dataclasses.replace(config, model="sam2.1-hiera-tiny-512"))
 
 
 def test_nan_loss_stops_with_the_seed_and_writes_nothing(tiny_training: TrainConfig) -> None:

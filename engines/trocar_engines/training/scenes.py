@@ -252,19 +252,27 @@ class Scene:
         self.device = torch.device(device)
         rng = np.random.default_rng([config.seed, int(config.held_out), int(config.script == "demo")])
         draw_cast = draw_cast or (_demo_cast if config.script == "demo" else _draw_cast)
-        self._cast = cast = draw_cast(rng, config)
+        cast = draw_cast(rng, config)
         # About one texel a pixel; the largest takes 100 MB.
         size = 512 if config.height_px <= 320 else 1024 if config.height_px <= 540 else 2048
         ground_rng = np.random.default_rng(rng.integers(2**63))
         ground = paint_ground(ground_rng, cast.palette, size, held_out=config.held_out)
         self._ground = ground[None].to(self.device)
-        self._gain = cast.optics.gain_for(brightness=float(ground[:3].numpy().mean()))
-        detail_seed, haze_seed, grain_seed = (int(rng.integers(2**31)) for _ in range(3))
+        self._brightness = float(ground[:3].numpy().mean())
+        detail_seed, self._haze_seed, self._grain_seed = (int(rng.integers(2**31)) for _ in range(3))
         detail = fractal_noise(detail_seed, 1, 256, persistence=0.7, finest=64)
         self._detail = detail[None].to(self.device)
         self._x = self._axis(config.width_px, config.width_px / config.height_px)[None, :]
         self._y = self._axis(config.height_px, 1.0)[:, None]
-        self._recorder = Recorder(cast.optics, self._x, self._y, haze_seed=haze_seed, grain_seed=grain_seed)
+        self.restage(cast)
+
+    def restage(self, cast: Cast) -> None:
+        """Put another cast, with its camera and optics, on the same ground, which takes longest to paint."""
+        self._cast = cast
+        self._gain = cast.optics.gain_for(brightness=self._brightness)
+        self._recorder = Recorder(
+            cast.optics, self._x, self._y, haze_seed=self._haze_seed, grain_seed=self._grain_seed
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

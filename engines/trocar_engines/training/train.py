@@ -23,9 +23,13 @@ from trocar_engines.training.episode import run_episode
 from trocar_engines.training.losses import LossWeights
 from trocar_engines.training.sampling import ClipSamples, Mix, Sample, collate
 from trocar_engines.training.store import load_davis, open_store
+from trocar_engines.training.windows import Windows, WindowSamples, collate_windows, open_windows
 
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
+WINDOWS_A_STEP = 128
+LABEL_SMOOTHING = 0.02
+"""Of classes: some windows show nothing that tells them."""
 LOG_EVERY = 20
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Options of glibc's mallopt(3)."""
@@ -68,8 +72,9 @@ class TrainConfig:
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
         start_from: weights to begin with instead of random ones.
-        only: what a parameter's name must begin with to learn, for instance "semantic_head"; the rest of the
-            network stays as it is, normalisation included.
+        only_classes: only the semantic head learns, from `windows` instead of clips; the rest of the network
+            stays as it is, normalisation included.
+        windows: folder of rendered windows, see `windows.render_window_store`.
     """
 
     model: str = "sam2s-nano"
@@ -90,7 +95,8 @@ class TrainConfig:
     save_every: int = 200
     device: str = "cpu"
     start_from: Path | None = None
-    only: str = ""
+    only_classes: bool = False
+    windows: Path = Path("runs/windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +180,12 @@ class _Run:
         self.size_px = size_px
         network = SAM2S(shape).to(self.config.device).train()
         network.image_encoder.to(memory_format=torch.channels_last)
-        if self.config.only:
-            self._freeze(network.eval())
+        if self.config.only_classes:
+            if not shape.classes:
+                raise TrocarError(f"{self.config.model} has no semantic head: it knows no classes")
+            network.eval().requires_grad_(False)
+            network.semantic_head.train().requires_grad_(True)
         return network
-
-    def _freeze(self, network: SAM2S) -> None:
-        chosen = {name for name, _ in network.named_parameters() if name.startswith(self.config.only)}
-        if not chosen:
-            raise TrocarError(f"no parameter of {self.config.model} begins with {self.config.only!r}")
-        for name, value in network.named_parameters():
-            value.requires_grad_(name in chosen)
 
     def _optimiser(self) -> torch.optim.Optimizer:
         matrices = [value for value in self.network.parameters() if value.ndim > 1]
@@ -222,8 +224,11 @@ class _Run:
         partial.replace(self.checkpoint_path)
         save_weights(self.weights_path, self.average, self.config.model)
 
-    def batches(self) -> Iterator[Sample]:
+    def batches(self) -> Iterator[Sample | Windows]:
         """What is left of every stage; moves the network to the stage's resolution."""
+        if self.config.only_classes:
+            yield from self._window_loader()
+            return
         ends = np.cumsum([stage.share for stage in self.config.stages])
         ends = np.round(ends / ends[-1] * self.config.steps).astype(int)
         begin = 0
@@ -270,20 +275,24 @@ class _Run:
             worker_init_fn=lambda _: cv2.setNumThreads(0),
         )
 
+    def _window_loader(self) -> DataLoader[Windows]:
+        config = self.config
+        windows = open_windows(config.windows, network_config(config.model).input_size_px)
+        if windows is None:
+            raise TrocarError(f"{config.windows}: holds no rendered window")
+        samples = WindowSamples(windows=windows, count=config.steps * WINDOWS_A_STEP, seed=config.seed)
+        left = Subset(samples, range(self.step * WINDOWS_A_STEP, len(samples)))
+        return DataLoader(left, batch_size=WINDOWS_A_STEP, collate_fn=collate_windows)
+
     def _rate(self) -> float:
         """Warm-up over 2% of the steps, then half a cosine to 1%."""
         progress = self.step / self.config.steps
         warm = min(1.0, progress / 0.02 + 1e-3)
         return self.config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def advance(self, batch: Sample) -> dict[str, float]:
+    def advance(self, batch: Sample | Windows) -> dict[str, float]:
         """One optimiser step; the parts of its loss."""
-        device = self.config.device
-        batch = Sample(
-            pixels=batch.pixels.to(device), masks=batch.masks.to(device), classes=batch.classes.to(device)
-        )
-        rng = np.random.default_rng([self.config.seed, 1, self.step])
-        loss, parts = run_episode(self.network, batch, rng, self.config.weights)
+        loss, parts = self._judge(batch) if isinstance(batch, Windows) else self._track(batch)
         if not torch.isfinite(loss):
             raise NaNLossError(
                 f"step {self.step}, seed {self.config.seed}: loss is {float(loss.detach())}; not saved"
@@ -297,6 +306,23 @@ class _Run:
         self.step += 1
         self._update_average()
         return {"loss": float(loss.detach()), **parts}
+
+    def _track(self, batch: Sample) -> tuple[torch.Tensor, dict[str, float]]:
+        device = self.config.device
+        batch = Sample(
+            pixels=batch.pixels.to(device), masks=batch.masks.to(device), classes=batch.classes.to(device)
+        )
+        rng = np.random.default_rng([self.config.seed, 1, self.step])
+        return run_episode(self.network, batch, rng, self.config.weights)
+
+    def _judge(self, batch: Windows) -> tuple[torch.Tensor, dict[str, float]]:
+        seen, shape, classes = (values.to(self.config.device) for values in batch)
+        torch.manual_seed(self.config.seed + self.step)  # of what is dropped: the same after a resumption
+        token = self.network.without_class_memory(len(classes))
+        logits = self.network.semantic_head.judge(token, seen, shape)
+        loss = torch.nn.functional.cross_entropy(logits, classes, label_smoothing=LABEL_SMOOTHING)
+        is_right = logits.detach().argmax(1) == classes
+        return loss, {"right": float(is_right.float().mean())}
 
     @torch.no_grad()
     def _update_average(self) -> None:
