@@ -237,8 +237,8 @@ class Screen:
     async def _stop(self) -> None:
         if self._playing is not None:
             self._playing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._playing
+            # Not awaited itself: whoever is cancelled here meanwhile must hear of it.
+            await asyncio.wait([self._playing])
             self._playing = None
 
 
