@@ -4,6 +4,7 @@ Each subcommand is one entry of `COMMANDS`; what it needs is imported when it ru
 """
 
 import argparse
+import gc
 import itertools
 import json
 import logging
@@ -441,6 +442,14 @@ def _serve(options: argparse.Namespace) -> int:
     return 0 if is_healthy else EXIT_DEVICE_FAILURE
 
 
+def keep_from_collector() -> None:
+    """Let the garbage collector pass over all that was made so far, which stays for good.
+
+    Modules are 260,000 objects, and while a full collection looks at them no frame moves: 0.25 s.
+    """
+    gc.freeze()
+
+
 def allow_many_files() -> int:
     """Open as many files as the system lets us: 1,024 idle peers would else keep everybody out.
 
@@ -503,6 +512,7 @@ async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") ->
         )
     if server.metrics_address:
         print(f"trocar serve: metrics on http://{server.metrics_address}/metrics", file=sys.stderr)
+    keep_from_collector()
     print(f"trocar serve: serving on {server.address}; Ctrl-C stops", file=sys.stderr)
     is_healthy = await server.run_until_stopped()
     return is_healthy, server.has_hung_threads
@@ -833,6 +843,7 @@ def _ui(options: argparse.Namespace) -> int:
     with ExitStack() as resources:
         # One stream, and one more while its predecessor is being closed.
         address = options.server or _start_server(options, resources, max_streams=2)
+        keep_from_collector()
         serve_ui(config, address, lambda text: print(f"trocar ui: {text}", file=sys.stderr))
     return 0
 

@@ -358,6 +358,24 @@ def test_serve_stops_on_sigterm_with_exit_code_0(tmp_path: Path) -> None:
         assert serving.wait(10) == 0
 
 
+def test_server_keeps_its_modules_from_the_garbage_collector() -> None:
+    program = (
+        "import gc; from wire.fakes import FakeScheduler; from trocar.server import TrackingServer\n"
+        "from trocar.cli import main\n"
+        "async def look(server):\n"
+        "    print(len(gc.get_objects()))\n"
+        "    await server.stop()\n"
+        "    return True\n"
+        "TrackingServer.run_until_stopped = look\n"
+        "main(['serve', '--address', '127.0.0.1:0'], start_scheduler=lambda _: FakeScheduler())"
+    )
+    tests = Path(__file__).resolve().parents[1]
+    served = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tests, check=True
+    )
+    assert int(served.stdout) < 10_000
+
+
 def test_unknown_model_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("models", "show", "sam9") == 2
     assert "sam2s-nano" in capsys.readouterr().err
