@@ -5,6 +5,7 @@ import inspect
 import itertools
 import logging
 import signal
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,7 +145,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             rights = self._admit(context)
             await self._track(stream_id, rights, request_iterator, context)
         except NotAdmittedError as error:
-            await self._refuse(error, context)
+            code, text = self._refuse(error)
         except TrocarError as error:
             log.info("stream %d ended: %s", stream_id, error, extra={FIELDS: {"stream_id": stream_id}})
             self.metrics.refusals.labels(_name_refusal(error)).inc()
@@ -152,12 +153,16 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
                 # A write is stuck, and a status would wait behind it for ever; gRPC cannot reset a call
                 # from here. Its place, its rows and its threads are free, its buffers go with the connection.
                 raise asyncio.CancelledError from error
-            await context.abort(_find_status(error), _fit_status(error))
+            code, text = _find_status(error), _fit_status(error)
         except Exception:
             log.exception("stream %d failed", stream_id, extra={FIELDS: {"stream_id": stream_id}})
-            await context.abort(
-                grpc.StatusCode.INTERNAL, "internal error; the server's log has the traceback"
-            )
+            code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has the traceback"
+        else:
+            return
+        # Not `abort`: its exception and the call refer to each other, and would wait with all that they hold
+        # for the garbage collector.
+        context.set_code(code)
+        context.set_details(text)
 
     async def warn_of_shutdown(self) -> None:
         """Tell the clients of all streams that the server goes."""
@@ -188,7 +193,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         try:
             self._admit(context)
         except NotAdmittedError as error:
-            await self._refuse(error, context)
+            await context.abort(*self._refuse(error))
         scheduler = self._scheduler
         # In a thread: the card of a model that nobody has used yet may have to be read from its weights.
         try:
@@ -218,16 +223,12 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         names = [name.decode(errors="replace") for name in context.peer_identities() or ()]
         return self._gate.admit(names, context.invocation_metadata() or (), context.peer())
 
-    async def _refuse(
-        self,
-        error: NotAdmittedError,
-        context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse]
-        | aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
-    ) -> None:
+    def _refuse(self, error: NotAdmittedError) -> tuple[grpc.StatusCode, str]:
+        """Note a peer that is not admitted, and find what it is told."""
         log.warning("not admitted: %s", error)
         self.metrics.refusals.labels("not_admitted").inc()
         code = grpc.StatusCode.PERMISSION_DENIED if error.is_known else grpc.StatusCode.UNAUTHENTICATED
-        await context.abort(code, NOT_ADMITTED)
+        return code, NOT_ADMITTED
 
     async def _track(
         self,
@@ -319,6 +320,11 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             )
             self._sessions.add(session)
             await session.run(requests, context.write)
+        except BaseException as failure:
+            # Some of its frames refer to it, and all to the session, whose decoder and threads would then
+            # wait for the garbage collector.
+            traceback.clear_frames(failure.__traceback__)
+            raise
         finally:
             stream.close()
             if session is not None:

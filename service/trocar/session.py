@@ -133,15 +133,22 @@ class Session:
             DecoderHungError: a packet's decoding does not end.
             ServerNotReadyError: the tracker stopped, or the server shut down before the client had finished.
         """
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._receiver = tasks.create_task(self._receive(requests))
                 tasks.create_task(self._process())
                 tasks.create_task(self._respond(send))
         except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+            # A group and its frames refer to each other, and in a task of ours that failed the frames refer
+            # to us: the session and its decoder would stay until the garbage collector comes by.
+            failures.__traceback__ = None
         finally:
+            self._receiver = None
             self._threads.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
         if self._was_cut_off:
             raise ServerNotReadyError("the server shut down; all that was received is answered: reconnect")
 
@@ -439,12 +446,16 @@ class Session:
                 case PendingRemoval():
                     await self._answer_removal(reply, send)
                 case PendingReset():
-                    await self._settle(reply.done)
+                    outcome = await self._settle(reply.done)
+                    if isinstance(outcome, TrocarError):
+                        raise outcome
                 case _:
                     assert_never(reply)
 
     async def _answer_frame(self, pending: PendingFrame, send: Send) -> None:
         masklets = await self._settle(pending.masklets)
+        if isinstance(masklets, TrocarError):
+            raise masklets
         pending.clock.spans.append(Span("track", pending.offered_ns, time.perf_counter_ns()))
         if not self._settings.is_live:
             self._offers.release()
@@ -494,12 +505,9 @@ class Session:
         ]
 
     async def _answer_prompt(self, pending: PendingPrompt) -> pb.TrackResponse:
-        try:
-            outcome = await self._settle(pending.outcome)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            return self._reject(pending.message, _rejection_reason(error), str(error))
+        outcome = await self._settle(pending.outcome)
+        if isinstance(outcome, TrocarError):
+            return self._reject(pending.message, _rejection_reason(outcome), str(outcome))
         masklets = await self._run(
             self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
         )
@@ -518,34 +526,39 @@ class Session:
         return response
 
     async def _answer_pin(self, pending: PendingPin, send: Send) -> None:
-        try:
-            await self._settle(pending.done)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_FRAME, str(error)))
+        outcome = await self._settle(pending.done)
+        if isinstance(outcome, TrocarError):
+            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_FRAME, str(outcome)))
 
     async def _answer_removal(self, pending: PendingRemoval, send: Send) -> None:
-        try:
-            await self._settle(pending.done)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(error)))
+        outcome = await self._settle(pending.done)
+        if isinstance(outcome, TrocarError):
+            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(outcome)))
 
-    async def _settle(self, future: Future[T]) -> T:
+    async def _settle(self, future: Future[T]) -> T | TrocarError:
         """Wait for the tracker.
+
+        Returns:
+            Its answer, or why it refuses the request. A refusal that is raised would hold the frames, and
+            these the future that holds the refusal, until the garbage collector comes by.
 
         Raises:
             ServerNotReadyError: the tracker stopped and cancelled what was pending.
+            DeviceFaultError: the device failed.
         """
+        settled = asyncio.wrap_future(future)
         try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise ServerNotReadyError("the tracker stopped: reconnect") from None
+            await asyncio.wait((settled,))
+        finally:
+            settled.cancel()
+        if settled.cancelled():
+            raise ServerNotReadyError("the tracker stopped: reconnect")
+        error = settled.exception()
+        if error is None:
+            return settled.result()
+        if isinstance(error, TrocarError) and not isinstance(error, NOT_THE_REQUEST):
+            return error
+        raise error
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
