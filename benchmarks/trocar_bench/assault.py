@@ -251,20 +251,19 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def begin_call(stream: int, *, flags: int = END_HEADERS) -> bytes:
-    """The frame that begins a Track call."""
+def begin_call(stream: int, *, flags: int = END_HEADERS, path: bytes = METHOD.encode()) -> bytes:
+    """The frame that begins a call."""
     headers = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": METHOD,
-        ":authority": "localhost",
-        "te": "trailers",
-        "content-type": "application/grpc",
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": path,
+        b":authority": b"localhost",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
     }
     # HPACK (RFC 7541, section 6.2.2): literal fields without indexing; all are shorter than 127 bytes.
     block = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in headers.items()
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in headers.items()
     )
     return frame(HEADERS, flags, stream, block)
 

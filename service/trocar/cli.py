@@ -433,7 +433,7 @@ def _serve(options: argparse.Namespace) -> int:
         if not has_hung_threads:
             scheduler.close()
     if not is_healthy:
-        print("trocar serve: the device failed; restart the server", file=sys.stderr)
+        print("trocar serve: the device or the listener failed; restart the server", file=sys.stderr)
     if has_hung_threads:
         # Whatever else ends a process waits for its threads, and one of these never ends.
         sys.stderr.flush()
