@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -36,7 +37,7 @@ from trocar.messages import StreamSettings
 from trocar.monitor import Monitor
 from trocar.record import StreamRecord
 from trocar.security import Certificates, ClientRights, Gate
-from trocar.session import Session, next_request, send_in_time
+from trocar.session import SESSION_THREADS, Session, next_request, send_in_time
 from trocar.telemetry import Metrics, TraceFrame, open_tracer
 from trocar.tracking import Resize, Scheduler, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
@@ -129,6 +130,11 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         self._stream_ids = itertools.count(1)
         self._streams_of: Counter[str] = Counter()
         self._sessions: dict[int, Session] = {}
+        # Shared, since OpenCV (5.0) never frees the 0.9 kB that it keeps for each thread: with threads of
+        # their own, streams that come and go would take more and more.
+        self._threads = ThreadPoolExecutor(
+            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS, thread_name_prefix="trocar-stream"
+        )
         self.hung_decoders = 0
         self.is_serving = False
         self.metrics = Metrics(
@@ -184,6 +190,10 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         for session in self._sessions.values():
             session.cut_off()
         await self._wait_until_empty(CUT_OFF_S)
+
+    def close(self) -> None:
+        """Keep no thread for streams to come."""
+        self._threads.shutdown(wait=False)
 
     async def _wait_until_empty(self, timeout_s: float) -> None:
         try:
@@ -324,7 +334,12 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             opened = messages.write_opened(record.stream_id, asked, settings, self._config, card)
             await send_in_time(context.write, opened, self._config.max_unread_s)
             session = Session(
-                settings=settings, config=self._config, stream=stream, resize=self._resize, record=record
+                settings=settings,
+                config=self._config,
+                stream=stream,
+                resize=self._resize,
+                record=record,
+                threads=self._threads,
             )
             self._sessions[record.stream_id] = session
             await session.run(requests, context.write)
@@ -575,6 +590,7 @@ class TrackingServer:
                 await server.stop(0)
         if self._monitor is not None:
             self._monitor.close()
+        self._servicer.close()
         self._audit.close()
 
     def stop_on_signals(self) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, TypeVar, assert_never
 
 from google.protobuf.message import DecodeError
@@ -67,7 +67,7 @@ MOST_DROPPED_IDS = 1_024
 NOT_THE_REQUEST = (ServerNotReadyError, DeviceFaultError)
 """Failures to which no other request would be the answer: they end the stream, and another server goes on."""
 SESSION_THREADS = 2
-"""One decodes, one encodes: each is awaited before its next job, so never more than one of a kind."""
+"""That a stream keeps busy: one decodes, one encodes; each is awaited before its next job."""
 
 
 class Session:
@@ -79,6 +79,7 @@ class Session:
         stream: the tracker's end; the caller closes it.
         resize: from source pixels to the tracker's input.
         record: counts what happens.
+        threads: those of all streams, `SESSION_THREADS` for each; the caller closes them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Session:
         stream: TrackedStream,
         resize: Resize,
         record: StreamRecord,
+        threads: Executor,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -105,9 +107,7 @@ class Session:
         self._offers = asyncio.Semaphore(QUEUE_CAPACITY)
         self._prompt_rate = Rate(config.max_prompts_per_s, settings.max_objects)
         self._request_rate = Rate(config.max_requests_per_s, burst=0)
-        self._threads = ThreadPoolExecutor(
-            SESSION_THREADS, thread_name_prefix=f"trocar-stream-{record.stream_id}"
-        )
+        self._threads = threads
         self._receiver: asyncio.Task[None] | None = None
         self._was_cut_off = False
         self._at_the_gate: ArrivedFrame | ArrivedRequest | None = None
@@ -146,7 +146,6 @@ class Session:
             failures.__traceback__ = None
         finally:
             self._receiver = None
-            self._threads.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
         if self._was_cut_off:
