@@ -458,8 +458,10 @@ def allow_many_files() -> int:
 
 def _log_as_server(options: argparse.Namespace) -> None:
     """A server tells of each stream and prompt, and writes for programs if asked to."""
-    from trocar.journal import JsonFormatter
+    from trocar.journal import ClientWords, JsonFormatter
 
+    for name in ClientWords.LOGGERS:
+        logging.getLogger(name).addFilter(ClientWords())
     for name in ("trocar", "trocar_engines"):
         logging.getLogger(name).setLevel(logging.INFO)
     if options.log_format == "json":

@@ -535,10 +535,10 @@ class TrackingServer:
                 while await self._server.wait_for_termination(LISTENER_CHECK_S):
                     pass
                 return
-            except UnicodeDecodeError as error:
+            except Exception as error:
+                log.error("gRPC stopped listening (%s): listening again", type(error).__name__)
                 # The gRPC server keeps it, and its frames would keep the gRPC server.
                 error.__traceback__ = None
-            log.error("a call whose path is no text stopped the listener: listening again")
             self._broken[self._server] = asyncio.create_task(self._outlive_streams(self._server))
             try:
                 self._server = await self._listen_again()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -541,21 +542,19 @@ async def test_listener_that_broke_stays_for_its_streams_and_no_longer(
     monkeypatch.setattr("trocar.server.CUT_OFF_S", 0.1)
     monkeypatch.setattr("trocar.server.HEALTH_CHECK_INTERVAL_S", 0.1)
 
-    def count_listeners() -> int:
-        gc.collect()
-        return sum(isinstance(one, aio.Server) for one in gc.get_objects())
-
-    before = count_listeners()
     async with AsyncExitStack() as resources:
         calls = []
         for _ in range(3):
             calls.append(await open_stream_when_heard(server.address, resources))
             await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
         await asyncio.sleep(0.5)
-        assert count_listeners() == before + 3
+        broken = [weakref.ref(one) for one in server._broken]
+        assert len(broken) == 3
         for call in calls:
             assert await call.read_rest() == []
-        await until(lambda: count_listeners() == before)
+        await until(lambda: not server._broken)
+        gc.collect()
+        assert [one() for one in broken] == [None] * 3
 
 
 async def test_server_that_cannot_listen_again_ends(
