@@ -130,7 +130,7 @@ async def test_ended_stream_frees_its_decoder_without_the_garbage_collector(
         await end(call)
         for _ in range(100):
             await asyncio.sleep(0.02)
-            left = [one for one in gc.get_objects() if isinstance(one, Session | PacketDecoder)]
+            left = [one for one in gc.get_objects() if type(one) in (Session, PacketDecoder)]
             if not left:
                 break
         assert left == []
