@@ -10,6 +10,8 @@ own. Each line on stdout is JSON: how far it is, and at last what came of it.
     loris        connections that say as little as keeps them open, byte by byte
     connections  so many connections at once, each with a call that asks for nothing
     resets       calls that are cancelled as soon as they begin, without end
+    paths        calls of a path that is no text, at which gRPC's own server stops listening
+    burn         no attack: nothing is sent, and as much CPU time used as an attack did; what that alone costs
 """
 
 import argparse
@@ -37,7 +39,8 @@ from trocar.config import split_address
 from trocar.v1 import tracking_pb2 as pb
 from trocar_bench.malformed import Case, Mutator
 
-ATTACKS = ("malformed", "files", "flood", "loris", "connections", "resets")
+ATTACKS = ("malformed", "files", "flood", "loris", "connections", "resets", "paths")
+CONTROL = "burn"
 COUNTED_ATTACKS = ("malformed", "files")
 """These end with their count, the others with their time."""
 METHOD = "/trocar.v1.TrackingService/Track"
@@ -51,6 +54,8 @@ EXPECTED = frozenset(
     }
 )
 """What a call of nonsense may end with; anything else is a defect of ours."""
+PASSING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+"""What a call may end with while the server listens anew, after a path that is no text; clients try again."""
 CALLERS = 3
 """At once; the server admits 8 streams, and the healthy one needs a place."""
 CASE_TIMEOUT_S = 20.0
@@ -69,6 +74,7 @@ ACK = END_STREAM = 1
 END_HEADERS = 4
 CANCEL = struct.pack(">I", 8)
 RESETS_AT_ONCE = 100
+BURN_PIECE_S = 0.002
 OPENED_PER_S = 200
 """Connections, at the beginning: what is measured is what they cost once they are there."""
 
@@ -156,15 +162,18 @@ def _run_case(
     stub: "grpc.StreamStreamMultiCallable[bytes, pb.TrackResponse]", number: int, case: Case, report: Report
 ) -> int:
     """Make one call; returns how many messages were answered, by a result, a refusal or its end."""
-    call = stub(iter(case.requests), timeout=CASE_TIMEOUT_S)
-    answered = 0
-    try:
-        for response in call:
-            answered += _count_answers(response)
-    except grpc.RpcError:
-        answered += 1
-    code, details = call.code(), call.details() or ""
-    report.add(f"{case.kind}.{code.name}")
+    for is_last in (False, True):
+        call = stub(iter(case.requests), timeout=CASE_TIMEOUT_S, wait_for_ready=is_last)
+        answered = 0
+        try:
+            for response in call:
+                answered += _count_answers(response)
+        except grpc.RpcError:
+            answered += 1
+        code, details = call.code(), call.details() or ""
+        report.add(f"{case.kind}.{code.name}")
+        if code not in PASSING:
+            break
     if code not in EXPECTED:
         report.find(f"case {number} ({case.kind}): {code.name}: {details}")
     return min(answered, len(case.requests))
@@ -172,13 +181,17 @@ def _run_case(
 
 def _ask_badly(channel: grpc.Channel, seed: int, report: Report) -> int:
     """Ask for the server's description with bytes that are no message, but now and then by chance."""
-    code = grpc.StatusCode.OK
-    try:
-        ask = channel.unary_unary(QUESTION, None, None)
-        ask(Mutator(seed).damage(METHOD.encode()), timeout=CASE_TIMEOUT_S)
-    except grpc.RpcError as error:
-        code = error.code()
-    report.add(f"question.{code.name}")
+    ask = channel.unary_unary(QUESTION, None, None)
+    for is_last in (False, True):
+        code = grpc.StatusCode.OK
+        try:
+            question = Mutator(seed).damage(METHOD.encode())
+            ask(question, timeout=CASE_TIMEOUT_S, wait_for_ready=is_last)
+        except grpc.RpcError as error:
+            code = error.code()
+        report.add(f"question.{code.name}")
+        if code not in PASSING:
+            break
     if code not in EXPECTED:
         report.find(f"question {seed}: {code.name}")
     return 1
@@ -251,20 +264,19 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def begin_call(stream: int, *, flags: int = END_HEADERS) -> bytes:
-    """The frame that begins a Track call."""
+def begin_call(stream: int, *, flags: int = END_HEADERS, path: bytes = METHOD.encode()) -> bytes:
+    """The frame that begins a call."""
     headers = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": METHOD,
-        ":authority": "localhost",
-        "te": "trailers",
-        "content-type": "application/grpc",
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": path,
+        b":authority": b"localhost",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
     }
     # HPACK (RFC 7541, section 6.2.2): literal fields without indexing; all are shorter than 127 bytes.
     block = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in headers.items()
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in headers.items()
     )
     return frame(HEADERS, flags, stream, block)
 
@@ -424,6 +436,12 @@ async def reset_calls(peer: Peer) -> None:
             return
 
 
+async def call_no_text(peer: Peer) -> None:
+    """A call whose path is no text."""
+    peer.writer.write(PREFACE + frame(SETTINGS) + begin_call(1, path=b"/\xff"))
+    await peer.answer()
+
+
 LORIS: tuple[Behaviour, ...] = (dribble_greeting, stay_half_open, leave_headers_open, dribble_message)
 
 
@@ -469,18 +487,32 @@ async def attack_with_connections(
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+# control
+
+
+def burn(options: argparse.Namespace, report: Report) -> None:
+    """Use `--cpu-percent` of a core for `--seconds`, in short pieces, as callers do."""
+    report.begin()
+    began_s, began_cpu_s = time.monotonic(), time.process_time()
+    while (passed_s := time.monotonic() - began_s) < options.seconds:
+        if time.process_time() - began_cpu_s >= passed_s * options.cpu_percent / 100:
+            time.sleep(BURN_PIECE_S)
+        report.add("done")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Attack, and tell what came of it; a defect is a finding, not a failure of this command."""
     parser = argparse.ArgumentParser(
         prog="python -m trocar_bench.assault", description="One attack on a server; see trocar_bench.hostile."
     )
-    parser.add_argument("kind", choices=ATTACKS)
+    parser.add_argument("kind", choices=(*ATTACKS, CONTROL))
     parser.add_argument("address", help="host:port")
     parser.add_argument("--ca", type=Path, metavar="FILE", help="PEM of the server's authority")
     parser.add_argument("--count", type=int, default=1_000, help="messages, files or connections")
     parser.add_argument("--rate", type=float, default=1e9, help="messages a second at most")
     parser.add_argument("--seconds", type=float, default=30.0, help="of the attacks without a count")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu-percent", type=float, default=100.0, help="of one core, for burn")
     options = parser.parse_args(arguments)
     os.nice(19)
     report = Report(options.count if options.kind in COUNTED_ATTACKS else None)
@@ -491,8 +523,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             attack_with_files(options, report)
         case "flood":
             attack_with_floods(options, report)
+        case "burn":
+            burn(options, report)
         case kind:
-            behaviours = {"loris": LORIS, "connections": (call_for_nothing,), "resets": (reset_calls,)}[kind]
+            behaviours = {
+                "loris": LORIS,
+                "connections": (call_for_nothing,),
+                "resets": (reset_calls,),
+                "paths": (call_no_text,),
+            }[kind]
             asyncio.run(attack_with_connections(options, report, behaviours, options.count))
     report.end()
     return 0

@@ -6,8 +6,9 @@ p99 latency from the moment a frame was due, its drops, and how both compare. Th
 the while.
 
 Attackers, server and honest client share this machine. Attackers run at the lowest priority, yet a core that
-has nothing idle to give makes every ratio worse than it would be on a network: see `others` of bench-fps, and
-look at the ratios on a machine with cores to spare.
+has nothing idle to give makes every ratio worse than it would be on a network. So the stream is measured once
+more after each attack, beside a process that uses as much CPU time as the attacker did and sends nothing:
+`beside_control`. What the attack costs the server is what `beside` has more.
 
 `--light` leaves the network out of the server, so that what is measured is the service. Without it frames and
 prompts go through the model.
@@ -35,11 +36,11 @@ from trocar.client_core import Event, Notice, Reconnect, Result, StreamOptions
 from trocar.config import Access
 from trocar.decode import Codec
 from trocar.ui import make_certificate
-from trocar_bench.assault import ATTACKS, COUNTED_ATTACKS
+from trocar_bench.assault import ATTACKS, CONTROL, COUNTED_ATTACKS
 from trocar_bench.faults import read_size
 from trocar_bench.footage import FRAME_RATE_HZ, render_footage
 from trocar_bench.live_stream import LiveStream
-from trocar_bench.process_meter import ProcessMeter, compare_memory
+from trocar_bench.process_meter import ProcessMeter, compare, compare_memory
 from trocar_bench.serve_process import ServeProcess, ServerRequest, run_bench
 from trocar_bench.service_lane import TIME_BASE
 from trocar_engines.errors import TrocarError
@@ -54,6 +55,7 @@ attacks:
   loris        connections that say as little as keeps them open, a byte a second
   connections  --connections at once, each with a call that asks for nothing
   resets       calls that are cancelled as soon as they begin
+  paths        calls of a path that is no text, at which gRPC's own server stops listening
 
 examples:
   everything, on the shipped model (a quarter of an hour or more):
@@ -69,6 +71,7 @@ SHARE_OF_FILES = 0.05
 """Of the messages: reading a file costs more, and there is less to get wrong."""
 LORIS_CONNECTIONS = 200
 RESETTING_CONNECTIONS = 4
+PATH_CONNECTIONS = 4
 SERVER_STREAMS = 8
 OWN_FILES = 64
 """Of an attacker's process, besides its connections."""
@@ -76,6 +79,7 @@ SETTLE_S = 2.0
 """Between an attack and the next measurement, and for the last results of one."""
 READ_MEMORY_EVERY_S = 0.25
 SHOWN_NOTICES = 10
+CURVE_POINTS = 11
 LARGEST_RATIOS = {"malformed": 1.2, "files": 1.2}
 """Of p99 beside an attack to p99 alone, as promised; 2 for the others."""
 OTHER_RATIO = 2.0
@@ -263,6 +267,7 @@ class HostileBench:
             "loris": LORIS_CONNECTIONS,
             "connections": options.connections,
             "resets": RESETTING_CONNECTIONS,
+            "paths": PATH_CONNECTIONS,
         }
         chosen = options.attack or ATTACKS
         return [
@@ -279,20 +284,24 @@ class HostileBench:
         time.sleep(self._options.alone)
         not_alone_s = time.perf_counter()
         memory: MemoryWatch | None = None
-        with self._start_attacker(attack, server.address) as attacker:
+        with self._start_attacker(attack.kind, server.address, attack.count) as attacker:
             try:
                 assert attacker.stdout is not None
                 # An interpreter that starts costs more than one that attacks: wait for its first word.
                 attacker.stdout.readline()
                 began_s = time.perf_counter()
                 memory = MemoryWatch(ProcessMeter(server.pid))
+                meter = ProcessMeter(attacker.pid)
+                before = meter.read_cpu()
                 outcome = self._follow(attack, attacker, server, live)
+                cpu_percent = compare(before, meter.read_cpu()).server_percent or 0.0
             finally:
                 attacker.kill()
                 if memory is not None:
                     memory.close()
         ended_s = time.perf_counter()
         time.sleep(SETTLE_S)
+        control_s, not_control_s = self._run_control(cpu_percent, server)
         figures = compare_memory(memory.readings_mb)
         return {
             **describe_attack(
@@ -300,19 +309,43 @@ class HostileBench:
                 outcome,
                 alone=patient.describe(live.due_ns, alone_s, not_alone_s),
                 beside=patient.describe(live.due_ns, began_s, ended_s),
+                beside_control=patient.describe(live.due_ns, control_s, not_control_s),
                 exit_code=server.exit_code,
             ),
             "seconds": round(ended_s - began_s, 1),
+            "attacker_cpu_percent": round(cpu_percent),
             "rss": None if figures is None else figures._asdict(),
+            "rss_curve_mb": draw_curve(memory.readings_mb),
         }
 
-    def _start_attacker(self, attack: Onslaught, address: str) -> "subprocess.Popen[str]":
+    def _run_control(self, cpu_percent: float, server: ServeProcess) -> tuple[float, float]:
+        """Use as much CPU time as the attacker did, for as long as the stream was alone.
+
+        Returns:
+            from when to when.
+        """
+        seconds = self._options.alone
+        with self._start_attacker(
+            CONTROL, server.address, 0, ["--seconds", str(seconds), "--cpu-percent", str(cpu_percent)]
+        ) as burner:
+            assert burner.stdout is not None
+            burner.stdout.readline()
+            began_s = time.perf_counter()
+            burner.communicate()
+        ended_s = time.perf_counter()
+        time.sleep(SETTLE_S)
+        return began_s, ended_s
+
+    def _start_attacker(
+        self, kind: str, address: str, count: int, more: Sequence[str] = ()
+    ) -> "subprocess.Popen[str]":
         options = self._options
-        command = [sys.executable, "-m", "trocar_bench.assault", attack.kind, address]
-        command += ["--count", str(attack.count), "--seconds", str(options.seconds)]
+        command = [sys.executable, "-m", "trocar_bench.assault", kind, address]
+        command += ["--count", str(count), "--seconds", str(options.seconds)]
         command += ["--seed", str(options.seed), "--rate", str(options.rate)]
         if self._ca is not None:
             command += ["--ca", str(self._ca)]
+        command += more
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def _follow(
@@ -369,6 +402,7 @@ def describe_attack(
     *,
     alone: Health | None,
     beside: Health | None,
+    beside_control: Health | None,
     exit_code: int | None,
 ) -> dict[str, Any]:
     """The figures of one attack, whatever it has left of the server.
@@ -378,6 +412,7 @@ def describe_attack(
         outcome: the attacker's counts and findings.
         alone: the honest stream before; None when it got nothing.
         beside: the honest stream meanwhile; likewise.
+        beside_control: the honest stream beside nothing but the attacker's use of CPU time; likewise.
         exit_code: of the server's process; None while it runs.
     """
     findings = list(outcome["first_findings"])
@@ -390,9 +425,23 @@ def describe_attack(
         "first_findings": findings,
         "alone": alone and asdict(alone),
         "beside": beside and asdict(beside),
-        "p99_ratio": round(beside.p99_ms / alone.p99_ms, 2) if alone and beside else None,
+        "beside_control": beside_control and asdict(beside_control),
+        "p99_ratio": _find_ratio(beside, alone),
+        "p99_ratio_control": _find_ratio(beside_control, alone),
         "p99_ratio_target": LARGEST_RATIOS.get(attack.kind, OTHER_RATIO),
     }
+
+
+def _find_ratio(first: Health | None, second: Health | None) -> float | None:
+    return round(first.p99_ms / second.p99_ms, 2) if first and second else None
+
+
+def draw_curve(readings_mb: Sequence[float]) -> list[float]:
+    """The server's memory at even steps from first to last, so that a reader sees whether growth ends."""
+    if not readings_mb:
+        return []
+    places = np.linspace(0, len(readings_mb) - 1, CURVE_POINTS).round().astype(int)
+    return [round(readings_mb[place], 1) for place in places]
 
 
 def _write_progress(done: int, total: int, seconds: float) -> str:

@@ -434,7 +434,7 @@ def _serve(options: argparse.Namespace) -> int:
         if not has_hung_threads:
             scheduler.close()
     if not is_healthy:
-        print("trocar serve: the device failed; restart the server", file=sys.stderr)
+        print("trocar serve: the device or the listener failed; restart the server", file=sys.stderr)
     if has_hung_threads:
         # Whatever else ends a process waits for its threads, and one of these never ends.
         sys.stderr.flush()
@@ -467,8 +467,10 @@ def allow_many_files() -> int:
 
 def _log_as_server(options: argparse.Namespace) -> None:
     """A server tells of each stream and prompt, and writes for programs if asked to."""
-    from trocar.journal import JsonFormatter
+    from trocar.journal import ClientWords, JsonFormatter
 
+    for name in ClientWords.LOGGERS:
+        logging.getLogger(name).addFilter(ClientWords())
     for name in ("trocar", "trocar_engines"):
         logging.getLogger(name).setLevel(logging.INFO)
     if options.log_format == "json":

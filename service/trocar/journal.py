@@ -40,6 +40,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class ClientWords(logging.Filter):
+    """Drops what gRPC and asyncio log of bytes that are no text: they show them, and they are a client's."""
+
+    LOGGERS = ("grpc._cython.cygrpc", "asyncio")
+    """A logger's filter sees only what is logged to that very logger."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep a line that is of another failure, or of none."""
+        error = record.msg if isinstance(record.msg, BaseException) else (record.exc_info or (None, None))[1]
+        return not isinstance(error, UnicodeDecodeError)
+
+
 class AuditLog:
     """Takes audit lines: into a file that only its owner reads, or into the log.
 

@@ -5,8 +5,11 @@ import inspect
 import itertools
 import logging
 import signal
+import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -34,7 +37,7 @@ from trocar.messages import StreamSettings
 from trocar.monitor import Monitor
 from trocar.record import StreamRecord
 from trocar.security import Certificates, ClientRights, Gate
-from trocar.session import Session, next_request, send_in_time
+from trocar.session import SESSION_THREADS, Session, next_request, send_in_time
 from trocar.telemetry import Metrics, TraceFrame, open_tracer
 from trocar.tracking import Resize, Scheduler, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
@@ -82,6 +85,9 @@ CUT_OFF_S = 5.0
 CALLS_PER_CONNECTION = 64
 """HTTP/2 streams of one connection; calls beyond wait at the client."""
 HANDSHAKE_TIMEOUT_S = 10
+LISTENER_CHECK_S = 0.05
+LISTEN_AGAIN_S = 5.0
+"""A server that cannot is better started anew."""
 MOST_STATUS_BYTES = 2_000
 """A status travels in headers, 8 KiB at most, and a byte that is not ASCII as three."""
 Handler = Any
@@ -123,7 +129,12 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         self._gate = Gate(config)
         self._stream_ids = itertools.count(1)
         self._streams_of: Counter[str] = Counter()
-        self._sessions: set[Session] = set()
+        self._sessions: dict[int, Session] = {}
+        # Shared, since OpenCV (5.0) never frees the 0.9 kB that it keeps for each thread: with threads of
+        # their own, streams that come and go would take more and more.
+        self._threads = ThreadPoolExecutor(
+            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS, thread_name_prefix="trocar-stream"
+        )
         self.hung_decoders = 0
         self.is_serving = False
         self.metrics = Metrics(
@@ -132,6 +143,11 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             is_serving=lambda: self.is_serving,
             gpu=gpu,
         )
+
+    @property
+    def open_stream_ids(self) -> frozenset[int]:
+        """Streams that are served now."""
+        return frozenset(self._sessions)
 
     async def Track(  # type: ignore[override]  # noqa: N802
         self,
@@ -144,7 +160,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             rights = self._admit(context)
             await self._track(stream_id, rights, request_iterator, context)
         except NotAdmittedError as error:
-            await self._refuse(error, context)
+            code, text = self._refuse(error)
         except TrocarError as error:
             log.info("stream %d ended: %s", stream_id, error, extra={FIELDS: {"stream_id": stream_id}})
             self.metrics.refusals.labels(_name_refusal(error)).inc()
@@ -152,24 +168,32 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
                 # A write is stuck, and a status would wait behind it for ever; gRPC cannot reset a call
                 # from here. Its place, its rows and its threads are free, its buffers go with the connection.
                 raise asyncio.CancelledError from error
-            await context.abort(_find_status(error), _fit_status(error))
+            code, text = _find_status(error), _fit_status(error)
         except Exception:
             log.exception("stream %d failed", stream_id, extra={FIELDS: {"stream_id": stream_id}})
-            await context.abort(
-                grpc.StatusCode.INTERNAL, "internal error; the server's log has the traceback"
-            )
+            code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has the traceback"
+        else:
+            return
+        # Not `abort`: its exception and the call refer to each other, and would wait with all that they hold
+        # for the garbage collector.
+        context.set_code(code)
+        context.set_details(text)
 
     async def warn_of_shutdown(self) -> None:
         """Tell the clients of all streams that the server goes."""
         grace_s = self._config.shutdown_grace_s
-        await asyncio.gather(*(session.warn_of_shutdown(grace_s) for session in self._sessions))
+        await asyncio.gather(*(session.warn_of_shutdown(grace_s) for session in self._sessions.values()))
 
     async def finish(self) -> None:
         """Give open streams their grace, then answer what was received and end them."""
         await self._wait_until_empty(self._config.shutdown_grace_s)
-        for session in self._sessions:
+        for session in self._sessions.values():
             session.cut_off()
         await self._wait_until_empty(CUT_OFF_S)
+
+    def close(self) -> None:
+        """Keep no thread for streams to come."""
+        self._threads.shutdown(wait=False)
 
     async def _wait_until_empty(self, timeout_s: float) -> None:
         try:
@@ -188,7 +212,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         try:
             self._admit(context)
         except NotAdmittedError as error:
-            await self._refuse(error, context)
+            await context.abort(*self._refuse(error))
         scheduler = self._scheduler
         # In a thread: the card of a model that nobody has used yet may have to be read from its weights.
         try:
@@ -218,16 +242,12 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         names = [name.decode(errors="replace") for name in context.peer_identities() or ()]
         return self._gate.admit(names, context.invocation_metadata() or (), context.peer())
 
-    async def _refuse(
-        self,
-        error: NotAdmittedError,
-        context: aio.ServicerContext[pb.TrackRequest, pb.TrackResponse]
-        | aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
-    ) -> None:
+    def _refuse(self, error: NotAdmittedError) -> tuple[grpc.StatusCode, str]:
+        """Note a peer that is not admitted, and find what it is told."""
         log.warning("not admitted: %s", error)
         self.metrics.refusals.labels("not_admitted").inc()
         code = grpc.StatusCode.PERMISSION_DENIED if error.is_known else grpc.StatusCode.UNAUTHENTICATED
-        await context.abort(code, NOT_ADMITTED)
+        return code, NOT_ADMITTED
 
     async def _track(
         self,
@@ -308,21 +328,29 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         )
         rights.check_model(settings.model)
         stream = await self._open_stream(settings)
-        session: Session | None = None
         try:
             card = self._scheduler.model_card(settings.model)
             record.open(settings)
             opened = messages.write_opened(record.stream_id, asked, settings, self._config, card)
             await send_in_time(context.write, opened, self._config.max_unread_s)
             session = Session(
-                settings=settings, config=self._config, stream=stream, resize=self._resize, record=record
+                settings=settings,
+                config=self._config,
+                stream=stream,
+                resize=self._resize,
+                record=record,
+                threads=self._threads,
             )
-            self._sessions.add(session)
+            self._sessions[record.stream_id] = session
             await session.run(requests, context.write)
+        except BaseException as failure:
+            # Some of its frames refer to it, and all to the session, whose decoder and threads would then
+            # wait for the garbage collector.
+            traceback.clear_frames(failure.__traceback__)
+            raise
         finally:
             stream.close()
-            if session is not None:
-                self._sessions.discard(session)
+            self._sessions.pop(record.stream_id, None)
 
     async def _open_stream(self, settings: StreamSettings) -> TrackedStream:
         """Open the tracker's end in a thread: a model that nobody has used yet takes seconds to load."""
@@ -419,6 +447,9 @@ class TrackingServer:
         self._server: aio.Server | None = None
         self._monitor: Monitor | None = None
         self._model_health: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._broken: dict[aio.Server, asyncio.Task[None]] = {}
+        self._is_deaf = False
         self._stopping = asyncio.Event()
         self.address = ""
 
@@ -429,9 +460,10 @@ class TrackingServer:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether device and decoders answer."""
+        """Whether device, decoders and listener answer."""
         return (
             self._scheduler.is_healthy
+            and not self._is_deaf
             and self._scheduler.busy_s < self._config.max_device_s
             and self._servicer.hung_decoders < MOST_HUNG_DECODERS
         )
@@ -447,32 +479,92 @@ class TrackingServer:
         Raises:
             ConfigError: the address is taken or not ours.
         """
+        await self._report_health(is_serving=False)
+        try:
+            if self._config.metrics_address:
+                self._monitor = Monitor(
+                    self._config.metrics_address,
+                    self._servicer.metrics.registry,
+                    is_live=lambda: self.is_healthy,
+                    is_ready=lambda: self._servicer.is_serving and self.is_healthy,
+                )
+            self._server = await self._listen(self._config.address)
+        except ConfigError:
+            await self.stop()
+            raise
+        self._listening = asyncio.create_task(self._keep_listening())
+
+    async def _listen(self, address: str) -> aio.Server:
+        """Listen, on a gRPC server of its own.
+
+        Raises:
+            ConfigError: the address is taken or not ours.
+        """
         server = aio.server(options=_list_options(self._config), interceptors=[MessageGuard()])
+        # Registered methods are found sooner, by nothing that matters, and what gRPC keeps for them is freed
+        # too early when its loop ends: the process then crashes. The generic handlers serve them as well.
+        server.add_registered_method_handlers = lambda *_: None  # type: ignore[attr-defined]
         pb_grpc.add_TrackingServiceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        await self._report_health(is_serving=False)
-        host, _ = split_address(self._config.address)
         try:
             if self._certificates is None:
-                port = server.add_insecure_port(self._config.address)
+                port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(self._config.address, self._certificates.server_credentials())
+                port = server.add_secure_port(address, self._certificates.server_credentials())
         except RuntimeError as error:
-            message = f"cannot listen on {self._config.address}: taken, or not an address of this machine"
+            message = f"cannot listen on {address}: taken, or not an address of this machine"
             raise ConfigError(message) from error
-        if self._config.metrics_address:
-            self._monitor = Monitor(
-                self._config.metrics_address,
-                self._servicer.metrics.registry,
-                is_live=lambda: self.is_healthy,
-                is_ready=lambda: self._servicer.is_serving and self.is_healthy,
-            )
         await server.start()
-        self._server = server
+        host, _ = split_address(address)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return server
+
+    async def _keep_listening(self) -> None:
+        """Listen again whenever gRPC has stopped.
+
+        grpcio 1.85 decodes a call's path in the loop that accepts calls: one that is no UTF-8 ends the loop,
+        and the listener with it, for everybody. Calls that are open go on; streams keep their gRPC server.
+        """
+        assert self._server is not None
+        while True:
+            try:
+                # It tells why the loop ended only when asked.
+                while await self._server.wait_for_termination(LISTENER_CHECK_S):
+                    pass
+                return
+            except Exception as error:
+                log.error("gRPC stopped listening (%s): listening again", type(error).__name__)
+                # The gRPC server keeps it, and its frames would keep the gRPC server.
+                error.__traceback__ = None
+            self._broken[self._server] = asyncio.create_task(self._outlive_streams(self._server))
+            try:
+                self._server = await self._listen_again()
+            except ConfigError as error:
+                log.critical("%s", error)
+                self._is_deaf = True
+                return
+
+    async def _outlive_streams(self, broken: aio.Server) -> None:
+        """Keep a broken gRPC server for the streams that are open, and no longer."""
+        streams = self._servicer.open_stream_ids
+        while streams & self._servicer.open_stream_ids:  # noqa: ASYNC110
+            await asyncio.sleep(HEALTH_CHECK_INTERVAL_S)
+        await broken.stop(CUT_OFF_S)
+        del self._broken[broken]
+
+    async def _listen_again(self) -> aio.Server:
+        end_s = time.monotonic() + LISTEN_AGAIN_S
+        while True:
+            try:
+                return await self._listen(self.address)
+            except ConfigError:
+                # gRPC closes the old socket when it gets to it.
+                if time.monotonic() > end_s:
+                    raise
+            await asyncio.sleep(LISTENER_CHECK_S)
 
     async def warm_up(self) -> None:
         """Run the models once, then serve streams."""
@@ -485,17 +577,20 @@ class TrackingServer:
         """Take no more streams, tell the open ones, give them their time, answer what they sent, end them."""
         self._stopping.set()
         self._servicer.is_serving = False
-        if self._model_health is not None:
-            self._model_health.cancel()
+        for task in (self._model_health, self._listening, *self._broken.values()):
+            if task is not None:
+                task.cancel()
         await self._report_health(is_serving=False)
         if self._server is not None:
             telling = asyncio.create_task(self._servicer.warn_of_shutdown())
             if self.is_healthy:
                 await self._servicer.finish()
             telling.cancel()
-            await self._server.stop(0)
+            for server in (*self._broken, self._server):
+                await server.stop(0)
         if self._monitor is not None:
             self._monitor.close()
+        self._servicer.close()
         self._audit.close()
 
     def stop_on_signals(self) -> None:
@@ -508,7 +603,7 @@ class TrackingServer:
         """Serve until a signal comes or the device fails.
 
         Returns:
-            False when the device or the decoders failed.
+            False when the device, the decoders or the listener failed.
         """
         while not self._stopping.is_set() and self.is_healthy:
             with suppress(TimeoutError):
@@ -517,10 +612,11 @@ class TrackingServer:
         is_healthy = self.is_healthy
         if not is_healthy:
             log.critical(
-                "unhealthy: device %s, at its step for %.1f s, %d hung decoders",
+                "unhealthy: device %s, at its step for %.1f s, %d hung decoders, listener %s",
                 "answers" if self._scheduler.is_healthy else "failed",
                 self._scheduler.busy_s,
                 self._servicer.hung_decoders,
+                "gone" if self._is_deaf else "answers",
             )
         await self.stop()
         return is_healthy

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, TypeVar, assert_never
 
 from google.protobuf.message import DecodeError
@@ -67,7 +67,7 @@ MOST_DROPPED_IDS = 1_024
 NOT_THE_REQUEST = (ServerNotReadyError, DeviceFaultError)
 """Failures to which no other request would be the answer: they end the stream, and another server goes on."""
 SESSION_THREADS = 2
-"""One decodes, one encodes: each is awaited before its next job, so never more than one of a kind."""
+"""That a stream keeps busy: one decodes, one encodes; each is awaited before its next job."""
 
 
 class Session:
@@ -79,6 +79,7 @@ class Session:
         stream: the tracker's end; the caller closes it.
         resize: from source pixels to the tracker's input.
         record: counts what happens.
+        threads: those of all streams, `SESSION_THREADS` for each; the caller closes them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Session:
         stream: TrackedStream,
         resize: Resize,
         record: StreamRecord,
+        threads: Executor,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -105,9 +107,7 @@ class Session:
         self._offers = asyncio.Semaphore(QUEUE_CAPACITY)
         self._prompt_rate = Rate(config.max_prompts_per_s, settings.max_objects)
         self._request_rate = Rate(config.max_requests_per_s, burst=0)
-        self._threads = ThreadPoolExecutor(
-            SESSION_THREADS, thread_name_prefix=f"trocar-stream-{record.stream_id}"
-        )
+        self._threads = threads
         self._receiver: asyncio.Task[None] | None = None
         self._was_cut_off = False
         self._at_the_gate: ArrivedFrame | ArrivedRequest | None = None
@@ -133,15 +133,21 @@ class Session:
             DecoderHungError: a packet's decoding does not end.
             ServerNotReadyError: the tracker stopped, or the server shut down before the client had finished.
         """
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._receiver = tasks.create_task(self._receive(requests))
                 tasks.create_task(self._process())
                 tasks.create_task(self._respond(send))
         except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+            # A group and its frames refer to each other, and in a task of ours that failed the frames refer
+            # to us: the session and its decoder would stay until the garbage collector comes by.
+            failures.__traceback__ = None
         finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._receiver = None
+        if failure is not None:
+            raise failure
         if self._was_cut_off:
             raise ServerNotReadyError("the server shut down; all that was received is answered: reconnect")
 
@@ -439,12 +445,16 @@ class Session:
                 case PendingRemoval():
                     await self._answer_removal(reply, send)
                 case PendingReset():
-                    await self._settle(reply.done)
+                    outcome = await self._settle(reply.done)
+                    if isinstance(outcome, TrocarError):
+                        raise outcome
                 case _:
                     assert_never(reply)
 
     async def _answer_frame(self, pending: PendingFrame, send: Send) -> None:
         masklets = await self._settle(pending.masklets)
+        if isinstance(masklets, TrocarError):
+            raise masklets
         pending.clock.spans.append(Span("track", pending.offered_ns, time.perf_counter_ns()))
         if not self._settings.is_live:
             self._offers.release()
@@ -494,12 +504,9 @@ class Session:
         ]
 
     async def _answer_prompt(self, pending: PendingPrompt) -> pb.TrackResponse:
-        try:
-            outcome = await self._settle(pending.outcome)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            return self._reject(pending.message, _rejection_reason(error), str(error))
+        outcome = await self._settle(pending.outcome)
+        if isinstance(outcome, TrocarError):
+            return self._reject(pending.message, _rejection_reason(outcome), str(outcome))
         masklets = await self._run(
             self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
         )
@@ -518,34 +525,39 @@ class Session:
         return response
 
     async def _answer_pin(self, pending: PendingPin, send: Send) -> None:
-        try:
-            await self._settle(pending.done)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_FRAME, str(error)))
+        outcome = await self._settle(pending.done)
+        if isinstance(outcome, TrocarError):
+            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_FRAME, str(outcome)))
 
     async def _answer_removal(self, pending: PendingRemoval, send: Send) -> None:
-        try:
-            await self._settle(pending.done)
-        except NOT_THE_REQUEST:
-            raise
-        except TrocarError as error:
-            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(error)))
+        outcome = await self._settle(pending.done)
+        if isinstance(outcome, TrocarError):
+            await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(outcome)))
 
-    async def _settle(self, future: Future[T]) -> T:
+    async def _settle(self, future: Future[T]) -> T | TrocarError:
         """Wait for the tracker.
+
+        Returns:
+            Its answer, or why it refuses the request. A refusal that is raised would hold the frames, and
+            these the future that holds the refusal, until the garbage collector comes by.
 
         Raises:
             ServerNotReadyError: the tracker stopped and cancelled what was pending.
+            DeviceFaultError: the device failed.
         """
+        settled = asyncio.wrap_future(future)
         try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise ServerNotReadyError("the tracker stopped: reconnect") from None
+            await asyncio.wait((settled,))
+        finally:
+            settled.cancel()
+        if settled.cancelled():
+            raise ServerNotReadyError("the tracker stopped: reconnect")
+        error = settled.exception()
+        if error is None:
+            return settled.result()
+        if isinstance(error, TrocarError) and not isinstance(error, NOT_THE_REQUEST):
+            return error
+        raise error
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -46,9 +46,15 @@ def test_server_that_dies_in_an_attack_is_a_finding_beside_the_figures(
 def test_floods_and_peers_that_say_nothing_end_neither_server_nor_honest_stream(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attacks = [word for kind in ("flood", "loris", "connections") for word in ("--attack", kind)]
+    attacks = [word for kind in ("flood", "loris", "connections", "paths") for word in ("--attack", kind)]
     assert main((*SHORT, *flags, *attacks, "--connections", "50")) == 0, capsys.readouterr().out
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["server_died"], told["stream_ended"]) == (False, False)
-    for kind, what in (("flood", "done"), ("loris", "opened"), ("connections", "opened")):
+    for kind, what in (
+        ("flood", "done"),
+        ("loris", "opened"),
+        ("connections", "opened"),
+        ("paths", "opened"),
+    ):
+        assert told["attacks"][kind]["beside_control"]["frames"] > 0, kind
         assert told["attacks"][kind]["counts"][what] > 0, kind

@@ -1,4 +1,5 @@
 import resource
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,6 +14,7 @@ from trocar_bench.hostile import (
     Patient,
     check_files,
     describe_attack,
+    draw_curve,
     is_good,
 )
 from trocar_bench.malformed import Mutator
@@ -62,12 +64,21 @@ def test_death_is_a_finding_beside_what_was_measured() -> None:
     attack = Onslaught(kind="loris", count=200, is_counted=False)
     health = Health(frames=30, p50_ms=1.0, p99_ms=2.0, service_p99_ms=1.0, lost=0)
     outcome = {"counts": {"opened": 7}, "first_findings": []}
-    told = describe_attack(attack, outcome, alone=health, beside=None, exit_code=-9)
+    told = describe_attack(attack, outcome, alone=health, beside=None, beside_control=None, exit_code=-9)
     assert told["counts"] == {"opened": 7}
     assert (told["alone"]["p99_ms"], told["beside"], told["p99_ratio"]) == (2.0, None, None)
     assert "exit code -9" in told["first_findings"][0]
-    survived = describe_attack(attack, outcome, alone=health, beside=health, exit_code=None)
+    slow = replace(health, p99_ms=3.0)
+    survived = describe_attack(
+        attack, outcome, alone=health, beside=health, beside_control=slow, exit_code=None
+    )
     assert (survived["first_findings"], survived["p99_ratio"]) == ([], 1.0)
+    assert survived["p99_ratio_control"] == 1.5
+
+
+def test_curve_shows_memory_from_first_to_last() -> None:
+    assert draw_curve([100.0 + step for step in range(101)]) == [100.0 + 10 * step for step in range(11)]
+    assert draw_curve([]) == []
 
 
 def test_too_few_open_files_are_told_before_the_attack() -> None:

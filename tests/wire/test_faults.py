@@ -1,14 +1,16 @@
 """Servers that die, fall silent or go home in the middle of a stream."""
 
 import asyncio
+import gc
 import itertools
 import shutil
 import socket
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from grpc import aio
 
 from trocar.client import LONGEST_PAUSE_S, Stream, _find_pause, connect, connect_async
 from trocar.client_core import (
+    RECOVERABLE,
     Event,
     Frame,
     Notice,
@@ -27,7 +30,7 @@ from trocar.client_core import (
     Resumed,
     StreamOptions,
 )
-from trocar.config import ServerConfig
+from trocar.config import ServerConfig, split_address
 from trocar.decode import Codec
 from trocar.errors import ConnectionFailedError
 from trocar.inbox import WAITING_EVERY_PACKETS
@@ -35,6 +38,7 @@ from trocar.local import LocalServer
 from trocar.server import TrackingServer
 from trocar.session import QUEUE_CAPACITY
 from trocar.v1 import tracking_pb2 as pb
+from trocar_bench.assault import PREFACE, SETTINGS, begin_call, frame
 from trocar_engines.masklets import Prompt
 from wire.calls import Call, accounted_ids, results_of, until, warnings_of
 from wire.clips import disc_center, draw_frames, encode_clip, encode_jpeg
@@ -485,3 +489,79 @@ def test_pauses_between_attempts_grow_and_end() -> None:
     grown = pauses[2::2]
     assert all(before <= after for before, after in itertools.pairwise(grown))
     assert grown[-1] == LONGEST_PAUSE_S
+
+
+# bytes that break gRPC itself
+
+
+def ask_for_a_path_that_is_no_text(address: str) -> None:
+    """Say it in HTTP/2, as no gRPC client would, and wait until the server has heard it."""
+    call = begin_call(1, path=b"/trocar.v1.\xff/Track")
+    with socket.create_connection(split_address(address), 5) as one:
+        one.sendall(PREFACE + frame(SETTINGS) + call)
+        while b"CANCELLED" not in one.recv(65_536):
+            pass
+
+
+async def open_stream_when_heard(address: str, resources: AsyncExitStack) -> Call:
+    async with asyncio.timeout(10):
+        while True:
+            channel = aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+            await resources.enter_async_context(channel)
+            call = Call(channel)
+            try:
+                await call.open()
+            except aio.AioRpcError as error:
+                if error.code() not in RECOVERABLE:
+                    raise
+                await asyncio.sleep(0.02)
+            else:
+                return call
+
+
+async def test_path_that_is_no_text_ends_neither_listener_nor_open_streams(
+    server: TrackingServer, call: Call
+) -> None:
+    packets = encode_clip(draw_frames(3))
+    await call.open()
+    for number, packet in enumerate(packets):
+        await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
+        await call.frame(number, packet)
+        assert (await call.read_result()).frame_id == number
+        async with AsyncExitStack() as resources:
+            newcomer = await open_stream_when_heard(server.address, resources)
+            await newcomer.frame(0, packets[0])
+            assert len(results_of(await newcomer.read_rest())) == 1
+    assert server.is_healthy
+    assert results_of(await call.read_rest()) == []
+
+
+async def test_listener_that_broke_stays_for_its_streams_and_no_longer(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.server.CUT_OFF_S", 0.1)
+    monkeypatch.setattr("trocar.server.HEALTH_CHECK_INTERVAL_S", 0.1)
+
+    async with AsyncExitStack() as resources:
+        calls = []
+        for _ in range(3):
+            calls.append(await open_stream_when_heard(server.address, resources))
+            await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
+        await asyncio.sleep(0.5)
+        broken = [weakref.ref(one) for one in server._broken]
+        assert len(broken) == 3
+        for call in calls:
+            assert await call.read_rest() == []
+        await until(lambda: not server._broken)
+        gc.collect()
+        assert [one() for one in broken] == [None] * 3
+
+
+async def test_server_that_cannot_listen_again_ends(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.server.LISTEN_AGAIN_S", 0.2)
+    running = asyncio.create_task(server.run_until_stopped())
+    address, server.address = server.address, "192.0.2.1:1"
+    await asyncio.to_thread(ask_for_a_path_that_is_no_text, address)
+    assert await asyncio.wait_for(running, 10) is False

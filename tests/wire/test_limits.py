@@ -1,8 +1,10 @@
 import asyncio
+import gc
 import resource
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -13,11 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from trocar.config import ServerConfig
+from trocar.decode import PacketDecoder
 from trocar.errors import ConfigError
 from trocar.server import TrackingServer
+from trocar.session import SESSION_THREADS, Session
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
 from trocar_engines.errors import CheckpointError
+from trocar_engines.masklets import UInt8Array
 from wire.calls import RED_POINT, Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
 from wire.clips import draw_frames, encode_clip, encode_jpeg
 from wire.fakes import FakeCard, FakeScheduler, resize_linear
@@ -86,7 +91,72 @@ async def test_vanished_client_frees_its_stream_while_frames_are_being_tracked(
     await until(lambda: stream.is_closed)
     assert not scheduler.streams
     scheduler.gate.set()
-    await until(lambda: not [one for one in threading.enumerate() if one.name.startswith("trocar-stream")])
+
+
+async def _ask_in_vain(call: Call) -> None:
+    """Prompts, pins and removals that the tracker refuses, then a good end."""
+    await call.prompt(pb.Prompt(object_id=1, frame_id=0))
+    for object_id in range(12):
+        await call.prompt_red(0, object_id=object_id)
+    await call.write(pb.TrackRequest(pin_frame=pb.PinFrame(frame_id=2**40)))
+    await call.remove(77)
+    await call.read_rest()
+
+
+async def _open_twice(call: Call) -> None:
+    await call.write(pb.TrackRequest(open_stream=pb.OpenStream()))
+    await call.read_failure()
+
+
+async def _send_b_frames(call: Call) -> None:
+    await call.frame(1, encode_clip(draw_frames(6), has_b_frames=True)[0])
+    await call.read_failure()
+
+
+async def _hang_up(call: Call) -> None:
+    await call.read()
+    call.cancel()
+
+
+@pytest.mark.parametrize("end", [_ask_in_vain, _open_twice, _send_b_frames, _hang_up])
+async def test_ended_stream_frees_its_decoder_without_the_garbage_collector(
+    call: Call, end: Callable[[Call], Awaitable[None]]
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        await call.open()
+        await call.frame(0, encode_clip(draw_frames(1))[0])
+        await end(call)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            left = [one for one in gc.get_objects() if type(one) in (Session, PacketDecoder)]
+            if not left:
+                break
+        assert left == []
+    finally:
+        gc.enable()
+
+
+async def test_streams_that_come_and_go_take_no_new_threads(scheduler: FakeScheduler) -> None:
+    names = set()
+
+    def resize_and_tell(rgb: UInt8Array, size: int) -> UInt8Array:
+        names.add(threading.current_thread().name)
+        return resize_linear(rgb, size)
+
+    server = TrackingServer(ServerConfig(address="127.0.0.1:0"), scheduler, resize_and_tell)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        for _ in range(5):
+            call = Call(channel)
+            await call.open()
+            await call.frame(0, encode_clip(draw_frames(1))[0])
+            assert len(results_of(await call.read_rest())) == 1
+    assert len(names) <= SESSION_THREADS
+    await server.stop()
+    await until(lambda: not names & {one.name for one in threading.enumerate()})
 
 
 async def test_client_that_never_sends_open_stream_frees_nothing_it_never_had(

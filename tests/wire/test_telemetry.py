@@ -1,6 +1,7 @@
 """What an operator sees of a server: metrics, probes, health, logs, audit lines and traces."""
 
 import asyncio
+import gc
 import json
 import logging
 import stat
@@ -19,12 +20,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gpus import FakeNvml
-from trocar.config import ServerConfig
+from trocar.config import ServerConfig, split_address
 from trocar.errors import ConfigError
-from trocar.journal import FIELDS, AuditLog, JsonFormatter
+from trocar.journal import FIELDS, AuditLog, ClientWords, JsonFormatter
 from trocar.server import TrackingServer
 from trocar.telemetry import Span, trace_with
 from trocar.v1 import tracking_pb2 as pb
+from trocar_bench.assault import PREFACE, SETTINGS, begin_call, frame
 from trocar_engines.gpu_meter import GpuMeter
 from wire.calls import Call, results_of, until
 from wire.clips import draw_frames, encode_clip, encode_jpeg
@@ -224,6 +226,26 @@ async def test_no_log_line_holds_what_a_client_sent(
     await server.stop()
     assert "JANE" not in caplog.text
     assert "4a 41 4e 45" not in caplog.text
+
+
+async def test_no_log_line_holds_a_path_that_is_no_text(
+    scheduler: FakeScheduler, caplog: pytest.LogCaptureFixture
+) -> None:
+    hide = ClientWords()
+    loggers = [logging.getLogger(name) for name in ClientWords.LOGGERS]
+    for logger in loggers:
+        logger.addFilter(hide)
+    server = await start(scheduler)
+    host, port = split_address(server.address)
+    _, writer = await asyncio.open_connection(host, port)
+    writer.write(PREFACE + frame(SETTINGS) + begin_call(1, path=b"/JANE\xff"))
+    await until(lambda: "listening again" in caplog.text)
+    writer.close()
+    await server.stop()
+    gc.collect()
+    assert "JANE" not in caplog.text
+    for logger in loggers:
+        logger.removeFilter(hide)
 
 
 def test_log_line_is_json_with_the_fields_of_its_stream() -> None:
