@@ -235,17 +235,19 @@ async def test_no_log_line_holds_a_path_that_is_no_text(
     loggers = [logging.getLogger(name) for name in ClientWords.LOGGERS]
     for logger in loggers:
         logger.addFilter(hide)
-    server = await start(scheduler)
-    host, port = split_address(server.address)
-    _, writer = await asyncio.open_connection(host, port)
-    writer.write(PREFACE + frame(SETTINGS) + begin_call(1, path=b"/JANE\xff"))
-    await until(lambda: "listening again" in caplog.text)
-    writer.close()
-    await server.stop()
-    gc.collect()
-    assert "JANE" not in caplog.text
-    for logger in loggers:
-        logger.removeFilter(hide)
+    try:
+        server = await start(scheduler)
+        host, port = split_address(server.address)
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(PREFACE + frame(SETTINGS) + begin_call(1, path=b"/JANE\xff"))
+        await until(lambda: "listening again" in caplog.text)
+        writer.close()
+        await server.stop()
+        gc.collect()
+        assert "JANE" not in caplog.text
+    finally:
+        for logger in loggers:
+            logger.removeFilter(hide)
 
 
 def test_log_line_is_json_with_the_fields_of_its_stream() -> None:
