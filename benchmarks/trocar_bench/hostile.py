@@ -301,7 +301,7 @@ class HostileBench:
                     memory.close()
         ended_s = time.perf_counter()
         time.sleep(SETTLE_S)
-        control_s, not_control_s = self._run_control(cpu_percent, server)
+        control = self._run_control(cpu_percent, server) if server.is_running else None
         figures = compare_memory(memory.readings_mb)
         return {
             **describe_attack(
@@ -309,7 +309,7 @@ class HostileBench:
                 outcome,
                 alone=patient.describe(live.due_ns, alone_s, not_alone_s),
                 beside=patient.describe(live.due_ns, began_s, ended_s),
-                beside_control=patient.describe(live.due_ns, control_s, not_control_s),
+                beside_control=None if control is None else patient.describe(live.due_ns, *control),
                 exit_code=server.exit_code,
             ),
             "seconds": round(ended_s - began_s, 1),
@@ -412,7 +412,8 @@ def describe_attack(
         outcome: the attacker's counts and findings.
         alone: the honest stream before; None when it got nothing.
         beside: the honest stream meanwhile; likewise.
-        beside_control: the honest stream beside nothing but the attacker's use of CPU time; likewise.
+        beside_control: the honest stream beside nothing but the attacker's use of CPU time; likewise, and
+            None where the server did not outlive the attack.
         exit_code: of the server's process; None while it runs.
     """
     findings = list(outcome["first_findings"])

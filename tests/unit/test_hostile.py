@@ -1,15 +1,23 @@
+import argparse
+import os
 import resource
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
 from results import result
 from trocar.cli import allow_many_files
 from trocar.client_core import Notice
+from trocar_bench.assault import CONTROL
 from trocar_bench.hostile import (
     OWN_FILES,
     Health,
+    HostileBench,
     Onslaught,
     Patient,
     check_files,
@@ -74,6 +82,34 @@ def test_death_is_a_finding_beside_what_was_measured() -> None:
     )
     assert (survived["first_findings"], survived["p99_ratio"]) == ([], 1.0)
     assert survived["p99_ratio_control"] == 1.5
+
+
+class ShortAttacks(HostileBench):
+    """Each attacker says at once that it is done."""
+
+    def __init__(self) -> None:
+        super().__init__(argparse.Namespace(alone=0.0, progress=60.0), print)
+        self.started: list[str] = []
+
+    def _start_attacker(
+        self, kind: str, address: str, count: int, more: Sequence[str] = ()
+    ) -> "subprocess.Popen[str]":
+        self.started.append(kind)
+        program = """print('{}\\n{"counts": {}, "first_findings": []}')"""
+        return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("exit_code", "started"), [(None, ["loris", CONTROL]), (-9, ["loris"])])
+def test_server_that_died_is_not_measured_beside_the_control(
+    monkeypatch: pytest.MonkeyPatch, exit_code: int | None, started: list[str]
+) -> None:
+    monkeypatch.setattr("trocar_bench.hostile.SETTLE_S", 0.0)
+    server = SimpleNamespace(pid=os.getpid(), address="", exit_code=exit_code, is_running=exit_code is None)
+    live = SimpleNamespace(due_ns=[], is_over=False)
+    bench = ShortAttacks()
+    attack = Onslaught(kind="loris", count=200, is_counted=False)
+    bench._run_attack(attack, server, live, Patient())  # type: ignore[arg-type]
+    assert bench.started == started
 
 
 def test_curve_shows_memory_from_first_to_last() -> None:
