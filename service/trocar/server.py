@@ -9,8 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -38,6 +37,7 @@ from trocar.monitor import Monitor
 from trocar.record import StreamRecord
 from trocar.security import Certificates, ClientRights, Gate
 from trocar.session import SESSION_THREADS, Session, next_request, send_in_time
+from trocar.stream_threads import StreamThreads
 from trocar.telemetry import Metrics, TraceFrame, open_tracer
 from trocar.tracking import Resize, Scheduler, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
@@ -85,6 +85,8 @@ CUT_OFF_S = 5.0
 CALLS_PER_CONNECTION = 64
 """HTTP/2 streams of one connection; calls beyond wait at the client."""
 HANDSHAKE_TIMEOUT_S = 10
+LAST_WORK_S = 1.0
+"""For threads that are at a picture when calls are ended by force."""
 LISTENER_CHECK_S = 0.05
 LISTEN_AGAIN_S = 5.0
 """A server that cannot is better started anew."""
@@ -129,13 +131,11 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         self._gate = Gate(config)
         self._stream_ids = itertools.count(1)
         self._streams_of: Counter[str] = Counter()
+        self._open_ids: set[int] = set()
         self._sessions: dict[int, Session] = {}
-        # Shared, since OpenCV (5.0) never frees the 0.9 kB that it keeps for each thread: with threads of
-        # their own, streams that come and go would take more and more.
-        self._threads = ThreadPoolExecutor(
-            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS, thread_name_prefix="trocar-stream"
+        self._threads = StreamThreads(
+            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS, config.max_decode_s
         )
-        self.hung_decoders = 0
         self.is_serving = False
         self.metrics = Metrics(
             scheduler,
@@ -146,8 +146,18 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
 
     @property
     def open_stream_ids(self) -> frozenset[int]:
-        """Streams that are served now."""
-        return frozenset(self._sessions)
+        """Streams that have a place, those whose model still loads among them."""
+        return frozenset(self._open_ids)
+
+    @property
+    def hung_decoders(self) -> int:
+        """Threads given up, whether or not their streams are still there."""
+        return self._threads.hung
+
+    @property
+    def has_working_threads(self) -> bool:
+        """Whether a thread computes for a stream, or hangs."""
+        return self._threads.working > 0
 
     async def Track(  # type: ignore[override]  # noqa: N802
         self,
@@ -191,9 +201,10 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             session.cut_off()
         await self._wait_until_empty(CUT_OFF_S)
 
-    def close(self) -> None:
-        """Keep no thread for streams to come."""
-        self._threads.shutdown(wait=False)
+    async def close(self) -> None:
+        """Let streams that were ended by force see their threads' work end; then keep no thread."""
+        await self._wait_until_empty(LAST_WORK_S)
+        self._threads.close()
 
     async def _wait_until_empty(self, timeout_s: float) -> None:
         try:
@@ -260,7 +271,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         # holds no place that somebody else could use.
         self._check_place(rights)
         asked = await _read_open_stream(requests)
-        with self._take_place(rights):
+        with self._take_place(stream_id, rights):
             record = StreamRecord(
                 stream_id=stream_id,
                 client=rights.name,
@@ -275,7 +286,6 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
                 await self._serve(record, rights, asked, requests, context)
                 outcome = "ok"
             except DecoderHungError:
-                self.hung_decoders += 1
                 outcome = "decoder_hung"
                 raise
             except Exception as error:
@@ -302,12 +312,14 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             )
 
     @contextmanager
-    def _take_place(self, rights: ClientRights) -> Iterator[None]:
+    def _take_place(self, stream_id: int, rights: ClientRights) -> Iterator[None]:
         self._check_place(rights)
         self._streams_of[rights.name] += 1
+        self._open_ids.add(stream_id)
         try:
             yield
         finally:
+            self._open_ids.remove(stream_id)
             self._streams_of[rights.name] -= 1
             # Names come from certificates: without this a long life would gather them.
             self._streams_of += Counter()
@@ -449,6 +461,7 @@ class TrackingServer:
         self._model_health: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._broken: dict[aio.Server, asyncio.Task[None]] = {}
+        self._ids_of_broken: frozenset[int] = frozenset()
         self._is_deaf = False
         self._stopping = asyncio.Event()
         self.address = ""
@@ -470,8 +483,8 @@ class TrackingServer:
 
     @property
     def has_hung_threads(self) -> bool:
-        """Whether a thread works that will not end: the process has to be ended without waiting for it."""
-        return self._servicer.hung_decoders > 0 or self._scheduler.busy_s >= self._config.max_device_s
+        """Whether a thread of a stopped server works on: its process has to end without waiting for it."""
+        return self._servicer.has_working_threads or self._scheduler.busy_s >= self._config.max_device_s
 
     async def start(self) -> None:
         """Listen on `address`, without serving streams yet.
@@ -488,13 +501,13 @@ class TrackingServer:
                     is_live=lambda: self.is_healthy,
                     is_ready=lambda: self._servicer.is_serving and self.is_healthy,
                 )
-            self._server = await self._listen(self._config.address)
+            await self._listen(self._config.address)
         except ConfigError:
             await self.stop()
             raise
         self._listening = asyncio.create_task(self._keep_listening())
 
-    async def _listen(self, address: str) -> aio.Server:
+    async def _listen(self, address: str) -> None:
         """Listen, on a gRPC server of its own.
 
         Raises:
@@ -517,10 +530,11 @@ class TrackingServer:
         except RuntimeError as error:
             message = f"cannot listen on {address}: taken, or not an address of this machine"
             raise ConfigError(message) from error
+        # Before it starts: `stop` has to find it even if it comes meanwhile.
+        self._server = server
         await server.start()
         host, _ = split_address(address)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return server
 
     async def _keep_listening(self) -> None:
         """Listen again whenever gRPC has stopped.
@@ -539,31 +553,34 @@ class TrackingServer:
                 log.error("gRPC stopped listening (%s): listening again", type(error).__name__)
                 # The gRPC server keeps it, and its frames would keep the gRPC server.
                 error.__traceback__ = None
-            self._broken[self._server] = asyncio.create_task(self._outlive_streams(self._server))
+            streams = self._servicer.open_stream_ids
+            own, self._ids_of_broken = streams - self._ids_of_broken, streams
+            self._broken[self._server] = asyncio.create_task(self._outlive_streams(self._server, own))
             try:
-                self._server = await self._listen_again()
-            except ConfigError as error:
-                log.critical("%s", error)
+                await self._listen_again()
+            except Exception as error:
+                log.critical("gRPC cannot listen again: %s: %s", type(error).__name__, error)
                 self._is_deaf = True
                 return
 
-    async def _outlive_streams(self, broken: aio.Server) -> None:
-        """Keep a broken gRPC server for the streams that are open, and no longer."""
-        streams = self._servicer.open_stream_ids
+    async def _outlive_streams(self, broken: aio.Server, streams: frozenset[int]) -> None:
+        """Keep a broken gRPC server for its open streams, and no longer."""
         while streams & self._servicer.open_stream_ids:  # noqa: ASYNC110
             await asyncio.sleep(HEALTH_CHECK_INTERVAL_S)
-        await broken.stop(CUT_OFF_S)
+        await _stop_grpc(broken, CUT_OFF_S)
         del self._broken[broken]
 
-    async def _listen_again(self) -> aio.Server:
+    async def _listen_again(self) -> None:
         end_s = time.monotonic() + LISTEN_AGAIN_S
         while True:
             try:
-                return await self._listen(self.address)
+                await self._listen(self.address)
             except ConfigError:
                 # gRPC closes the old socket when it gets to it.
                 if time.monotonic() > end_s:
                     raise
+            else:
+                return
             await asyncio.sleep(LISTENER_CHECK_S)
 
     async def warm_up(self) -> None:
@@ -577,21 +594,25 @@ class TrackingServer:
         """Take no more streams, tell the open ones, give them their time, answer what they sent, end them."""
         self._stopping.set()
         self._servicer.is_serving = False
-        for task in (self._model_health, self._listening, *self._broken.values()):
-            if task is not None:
+        async with AsyncExitStack() as closing:
+            closing.callback(self._audit.close)
+            closing.push_async_callback(self._servicer.close)
+            if self._monitor is not None:
+                closing.callback(self._monitor.close)
+            for task in (self._model_health, self._listening):
+                if task is not None:
+                    task.cancel()
+            await self._report_health(is_serving=False)
+            if self._server is not None:
+                telling = asyncio.create_task(self._servicer.warn_of_shutdown())
+                if self.is_healthy:
+                    await self._servicer.finish()
+                telling.cancel()
+                for server in (*self._broken, self._server):
+                    await _stop_grpc(server, 0)
+            # Not before: one that is cancelled while it waits for gRPC cancels what others wait for too.
+            for task in self._broken.values():
                 task.cancel()
-        await self._report_health(is_serving=False)
-        if self._server is not None:
-            telling = asyncio.create_task(self._servicer.warn_of_shutdown())
-            if self.is_healthy:
-                await self._servicer.finish()
-            telling.cancel()
-            for server in (*self._broken, self._server):
-                await server.stop(0)
-        if self._monitor is not None:
-            self._monitor.close()
-        self._servicer.close()
-        self._audit.close()
 
     def stop_on_signals(self) -> None:
         """Let SIGTERM and SIGINT end `run_until_stopped`; call it before telling anyone of the server."""
@@ -662,6 +683,17 @@ async def _read_open_stream(requests: AsyncIterator[pb.TrackRequest]) -> pb.Open
     if first is None or kind != "open_stream":
         raise ContractError(f"the first message is {kind}: expected open_stream")
     return first.open_stream
+
+
+async def _stop_grpc(server: aio.Server, grace_s: float) -> None:
+    """Stop a gRPC server, whatever it says to it."""
+    try:
+        await server.stop(grace_s)
+    except Exception as error:
+        # The failure of the loop that accepts calls comes out here too, once, before any call is ended.
+        log.error("gRPC did not stop (%s): asking again", type(error).__name__)
+        with suppress(Exception):
+            await server.stop(grace_s)
 
 
 def _close_opened(opening: "asyncio.Future[TrackedStream]") -> None:

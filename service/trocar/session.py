@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor, Future
-from typing import Any, TypeVar, assert_never
+from concurrent.futures import Future
+from typing import TypeVar, assert_never
 
 from google.protobuf.message import DecodeError
 
@@ -40,6 +40,7 @@ from trocar.replies import (
     Reply,
 )
 from trocar.security import Rate
+from trocar.stream_threads import StreamThreads
 from trocar.telemetry import Span, StageClock
 from trocar.tracking import Resize, TrackedStream
 from trocar.v1 import tracking_pb2 as pb
@@ -90,7 +91,7 @@ class Session:
         stream: TrackedStream,
         resize: Resize,
         record: StreamRecord,
-        threads: Executor,
+        threads: StreamThreads,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -280,13 +281,10 @@ class Session:
 
     async def _decode_in_time(self, arrival: ArrivedFrame) -> tuple[Decoded, PendingFrame | None]:
         is_wanted = self._is_wanted(arrival.packet.frame_id)
-        decoding = asyncio.ensure_future(self._run(self._decode_and_offer, arrival, is_wanted))
         try:
-            # A thread cannot be stopped: the stream is given up and the thread left behind.
             async with asyncio.timeout(self._config.max_decode_s):
-                return await asyncio.shield(decoding)
+                return await self._threads.run(self._decode_and_offer, arrival, is_wanted)
         except TimeoutError:
-            decoding.add_done_callback(_ignore_outcome)
             raise DecoderHungError(
                 f"limit max_decode_s: frame {arrival.packet.frame_id} of {arrival.size_bytes} bytes is not "
                 f"decoded after {self._config.max_decode_s:g} s"
@@ -408,7 +406,7 @@ class Session:
         try:
             width_px, height_px = self._find_picture_size(message.frame_id)
             # In a thread: a mask of many pixels takes long enough for other streams to feel it.
-            prompt = await self._run(read_prompt, message, width_px, height_px)
+            prompt = await self._threads.run(read_prompt, message, width_px, height_px)
         except TrocarError as error:
             return self._reject(message, _rejection_reason(error), str(error))
         outcome = self._stream.prompt(prompt)
@@ -461,7 +459,7 @@ class Session:
         if masklets.is_dropped:
             self._note_dropped([pending.frame_id])
             return
-        response = await self._run(self._encode_result, pending, masklets)
+        response = await self._threads.run(self._encode_result, pending, masklets)
         result = response.frame_result
         result.dropped_frame_ids.extend(sorted(self._dropped_frame_ids))
         result.dropped_frames_total = self._dropped_total
@@ -507,7 +505,7 @@ class Session:
         outcome = await self._settle(pending.outcome)
         if isinstance(outcome, TrocarError):
             return self._reject(pending.message, _rejection_reason(outcome), str(outcome))
-        masklets = await self._run(
+        masklets = await self._threads.run(
             self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
         )
         accepted = pb.PromptAccepted(
@@ -559,9 +557,6 @@ class Session:
             return error
         raise error
 
-    async def _run(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-
 
 async def next_request(requests: AsyncIterator[pb.TrackRequest]) -> pb.TrackRequest | None:
     """Wait for a call's next message; None when the client has closed its side.
@@ -587,11 +582,6 @@ async def send_in_time(send: Send, response: pb.TrackResponse, unread_s: float) 
     except TimeoutError:
         text = f"results are left unread for {unread_s:g} s: read them, or close the stream"
         raise UnreadError("max_unread_s", text) from None
-
-
-def _ignore_outcome(future: "asyncio.Future[Any]") -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 def _rejection_reason(error: TrocarError) -> pb.RejectionReason.ValueType:

@@ -10,8 +10,9 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpc import aio
@@ -35,14 +36,14 @@ from trocar.decode import Codec
 from trocar.errors import ConnectionFailedError
 from trocar.inbox import WAITING_EVERY_PACKETS
 from trocar.local import LocalServer
-from trocar.server import TrackingServer
-from trocar.session import QUEUE_CAPACITY
+from trocar.server import MOST_HUNG_DECODERS, TrackingServer
+from trocar.session import QUEUE_CAPACITY, SESSION_THREADS
 from trocar.v1 import tracking_pb2 as pb
 from trocar_bench.assault import PREFACE, SETTINGS, begin_call, frame
-from trocar_engines.masklets import Prompt
+from trocar_engines.masklets import Prompt, UInt8Array
 from wire.calls import Call, accounted_ids, results_of, until, warnings_of
 from wire.clips import disc_center, draw_frames, encode_clip, encode_jpeg
-from wire.fakes import FakeScheduler, resize_linear
+from wire.fakes import FakeScheduler, FakeStream, resize_linear
 from wire.proxy import Proxy
 
 EVERY = StreamOptions(codec=Codec.H264, is_live=False)
@@ -475,6 +476,92 @@ async def test_decoder_that_hangs_costs_its_stream_only(scheduler: FakeScheduler
     await server.stop()
 
 
+class HangingResize:
+    """Holds up pictures that are higher than the clips', until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+        self.is_let_go = threading.Event()
+
+    def __call__(self, rgb: UInt8Array, size: int) -> UInt8Array:
+        if rgb.shape[0] > 200:
+            self.entered += 1
+            self.is_let_go.wait(20)
+        return resize_linear(rgb, size)
+
+
+@pytest.fixture
+def resize() -> Iterator[HangingResize]:
+    resize = HangingResize()
+    yield resize
+    resize.is_let_go.set()
+
+
+def encode_hanging_packet() -> bytes:
+    return encode_clip([draw_frames(1)[0].repeat(2, axis=0).repeat(2, axis=1)])[0]
+
+
+async def hang_up_in_the_decoder(channel: aio.Channel, resize: HangingResize, packet: bytes) -> None:
+    """Leave a decoder that hangs; where there is no place, leave at once."""
+    call, entered = Call(channel), resize.entered
+    with suppress(aio.AioRpcError, asyncio.InvalidStateError, AssertionError):
+        await call.open()
+        await call.frame(0, packet)
+        await until(lambda: resize.entered > entered)
+    call.cancel()
+
+
+@pytest.mark.parametrize("hangs", [2, 2 * SESSION_THREADS + MOST_HUNG_DECODERS])
+async def test_clients_that_leave_hung_decoders_starve_nobody_unnoticed(
+    scheduler: FakeScheduler, resize: HangingResize, hangs: int
+) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_streams=2, max_decode_s=0.3, shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize)
+    await server.start()
+    await server.warm_up()
+    packet, honest = encode_hanging_packet(), encode_clip(draw_frames(1))[0]
+    async with AsyncExitStack() as resources:
+        channel = await resources.enter_async_context(aio.insecure_channel(server.address))
+        while resize.entered < hangs and server.is_healthy:
+            await hang_up_in_the_decoder(channel, resize, packet)
+        assert resize.entered <= MOST_HUNG_DECODERS + config.max_streams
+        if server.is_healthy:
+            await until(lambda: not server._servicer.open_stream_ids)
+            call = Call(channel)
+            await call.open()
+            await call.frame(0, honest)
+            assert len(results_of(await call.read_rest())) == 1
+            await server.stop()
+        else:
+            assert await asyncio.wait_for(server.run_until_stopped(), 5) is False
+    assert server.has_hung_threads
+    resize.is_let_go.set()
+    await until(lambda: not server.has_hung_threads)
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+async def test_server_that_stops_during_a_hung_decode_does_not_wait_for_it(
+    scheduler: FakeScheduler, resize: HangingResize, monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+) -> None:
+    monkeypatch.setattr("trocar.server.CUT_OFF_S", 0.1)
+    monkeypatch.setattr("trocar.server.LAST_WORK_S", 0.1)
+    config = ServerConfig(address="127.0.0.1:0", shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        call = Call(channel)
+        await call.open()
+        await call.frame(0, encode_hanging_packet())
+        await until(lambda: resize.entered == 1)
+        if hangs_up:
+            call.cancel()
+        await asyncio.wait_for(server.stop(), 3)
+    assert server.has_hung_threads
+    resize.is_let_go.set()
+    await until(lambda: not server.has_hung_threads and not server._servicer.open_stream_ids)
+
+
 async def test_device_that_hangs_ends_the_server(server: TrackingServer, scheduler: FakeScheduler) -> None:
     running = asyncio.create_task(server.run_until_stopped())
     scheduler.busy_s = 1e6
@@ -555,6 +642,147 @@ async def test_listener_that_broke_stays_for_its_streams_and_no_longer(
         await until(lambda: not server._broken)
         gc.collect()
         assert [one() for one in broken] == [None] * 3
+
+
+async def test_open_stream_keeps_one_broken_listener_and_no_more(
+    server: TrackingServer, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.server.CUT_OFF_S", 0.1)
+    monkeypatch.setattr("trocar.server.HEALTH_CHECK_INTERVAL_S", 0.1)
+    await call.open()
+    for _ in range(4):
+        before = server._server
+        await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
+        await until(lambda before=before: server._server is not before)  # type: ignore[misc]
+    await until(lambda: len(server._broken) <= 1)
+    await call.frame(0, encode_clip(draw_frames(1))[0])
+    assert len(results_of(await call.read_rest())) == 1
+    await until(lambda: not server._broken)
+
+
+class SlowlyLoadingScheduler(FakeScheduler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.is_loaded = threading.Event(), threading.Event()
+
+    def open_stream(self, *, model: str, memory: str | None, is_live: bool, max_objects: int) -> FakeStream:
+        self.is_asked.set()
+        self.is_loaded.wait(10)
+        return super().open_stream(model=model, memory=memory, is_live=is_live, max_objects=max_objects)
+
+
+async def test_call_whose_model_still_loads_is_not_cut_with_its_broken_listener(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.server.CUT_OFF_S", 0.1)
+    monkeypatch.setattr("trocar.server.HEALTH_CHECK_INTERVAL_S", 0.1)
+    scheduler = SlowlyLoadingScheduler()
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    try:
+        async with aio.insecure_channel(server.address) as channel:
+            call = Call(channel)
+            opening = asyncio.create_task(call.open())
+            await until(scheduler.is_asked.is_set)
+            await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
+            await asyncio.sleep(0.5)
+            scheduler.is_loaded.set()
+            await opening
+            await call.frame(0, encode_clip(draw_frames(1))[0])
+            assert len(results_of(await call.read_rest())) == 1
+    finally:
+        scheduler.is_loaded.set()
+        await server.stop()
+        scheduler.close()
+
+
+def is_closed(server: TrackingServer) -> bool:
+    assert server._audit._file is not None
+    try:
+        socket.create_connection(split_address(server.metrics_address), 5).close()
+    except OSError:
+        return server._audit._file.closed
+    return False
+
+
+@pytest.fixture
+async def audited_server(scheduler: FakeScheduler, tmp_path: Path) -> TrackingServer:
+    config = ServerConfig(
+        address="127.0.0.1:0",
+        metrics_address="127.0.0.1:0",
+        audit_log=tmp_path / "audit.jsonl",
+        shutdown_grace_s=0,
+    )
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    return server
+
+
+async def test_server_that_stops_as_its_listener_breaks_closes_everything(
+    audited_server: TrackingServer,
+) -> None:
+    with socket.create_connection(split_address(audited_server.address), 5) as one:
+        one.sendall(PREFACE + frame(SETTINGS) + begin_call(1, path=b"/\xff"))
+        # gRPC's threads hear of it, the loop only while the server stops.
+        time.sleep(0.2)  # noqa: ASYNC251
+        await audited_server.stop()
+    assert is_closed(audited_server)
+
+
+async def test_server_that_stops_while_it_stops_a_broken_listener_closes_everything(
+    audited_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert audited_server._server is not None
+    kind, ended = type(audited_server._server), asyncio.get_running_loop().create_future()
+    stop = kind.stop
+
+    async def stop_when_ended(one: aio.Server, grace: float | None) -> None:
+        # As in gRPC: all who stop a server wait for one future.
+        await ended
+        await stop(one, grace)
+
+    monkeypatch.setattr(kind, "stop", stop_when_ended)
+    await asyncio.to_thread(ask_for_a_path_that_is_no_text, audited_server.address)
+    await until(lambda: bool(audited_server._broken))
+    stopping = asyncio.create_task(audited_server.stop())
+    await asyncio.sleep(0.2)
+    assert not ended.cancelled()
+    ended.set_result(None)
+    await stopping
+    assert is_closed(audited_server)
+
+
+async def test_listener_that_starts_while_the_server_stops_is_stopped_too(
+    audited_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert audited_server._server is not None
+    kind, started = type(audited_server._server), list[Any]()
+    start = kind.start
+
+    async def start_slowly(one: aio.Server) -> None:
+        await start(one)
+        started.append(one)
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(kind, "start", start_slowly)
+    await asyncio.to_thread(ask_for_a_path_that_is_no_text, audited_server.address)
+    await until(lambda: bool(started))
+    await audited_server.stop()
+    assert not started[0]._server.is_running()
+
+
+async def test_failure_of_any_kind_to_listen_again_ends_the_server(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(address: str) -> None:
+        raise OSError(24, "too many open files")
+
+    monkeypatch.setattr(server, "_listen", fail)
+    running = asyncio.create_task(server.run_until_stopped())
+    await asyncio.to_thread(ask_for_a_path_that_is_no_text, server.address)
+    assert await asyncio.wait_for(running, 10) is False
 
 
 async def test_server_that_cannot_listen_again_ends(
