@@ -93,7 +93,7 @@ def engine_folder(cache: Path, network: SAM2S) -> Path:
     for module in ("attention", "config", "decoder", "precision", "readout", "sam2s", "semantic", "trunk"):
         digest.update(Path(getattr(network_code, module).__file__).read_bytes())
     digest.update(Path(__file__).read_bytes())
-    digest.update(f"{torch.__version__} {version('onnx')} {OPSET}".encode())
+    digest.update(f"{torch.__version__} {version('onnx')} {version('onnxscript')} {OPSET}".encode())
     return cache / digest.hexdigest()[:16]
 
 
@@ -240,8 +240,9 @@ def _write_attention(query: Any, key: Any, value: Any, attn_mask: Any = None) ->
     scaling belong to the product: `attend_memory` takes 4%, `track_masks` 7% less time this way.
     """
     scale: Any = onnx_ops.Constant(value_float=query.shape[-1] ** -0.5)
-    scores = onnx_ops.MatMul(query, onnx_ops.Transpose(key, perm=[0, 1, 3, 2]))
-    scores = scores * onnx_ops.CastLike(scale, query)
+    # Before the product, which in half precision might not hold its own scores.
+    scaled = query * onnx_ops.CastLike(scale, query)
+    scores = onnx_ops.MatMul(scaled, onnx_ops.Transpose(key, perm=[0, 1, 3, 2]))
     if attn_mask is not None:
         scores = scores + attn_mask
     return onnx_ops.MatMul(onnx_ops.Softmax(scores, axis=-1), value)

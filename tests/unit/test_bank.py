@@ -71,6 +71,13 @@ def test_recent_memories_are_taken_on_the_clock_at_high_frame_rates(rate_hz: int
     assert sum(slot is not None for slot in slots) == remembered
 
 
+@pytest.mark.parametrize("interval_s", [0.0, 0.005])
+def test_every_third_frame_is_remembered_where_the_clock_hardly_moves(interval_s: float) -> None:
+    bank = make_bank()
+    slots = [track(bank, facts(frame * interval_s)) for frame in range(31)]
+    assert [index for index, slot in enumerate(slots) if slot is not None] == list(range(0, 31, 3))
+
+
 def test_vanilla_remembers_every_frame_at_any_rate() -> None:
     bank = make_bank(policy=MemoryPolicy.VANILLA)
     assert all(track(bank, facts(frame / 120)) is not None for frame in range(20))

@@ -22,6 +22,8 @@ EXPLODED = 8.0
 VANISHED = 1 / 8
 """A mask that grows or shrinks by more than this against its recent area, with a low predicted IoU, is a
 mistake rather than a movement and is not remembered."""
+MOST_SKIPPED = 2
+"""So many frames in a row are left out of recent memory at most, whatever the clock says."""
 AREA_MEMORY = 0.9
 """Share of the past in the running mean of an object's area."""
 
@@ -258,8 +260,10 @@ class MemoryBank:
         if is_news or self._is_vanilla or not self.recent.times:
             return True
         latest_s = next(reversed(self.recent.times.values()))
-        # Either way: a source that begins anew may begin its clock anew.
-        return abs(facts.time_s - latest_s) >= self.config.recent_interval_s
+        since = self.frame - self._pointer_frames[self._recent_pointers.filled()[-1]]
+        # Earlier counts, too: a source that begins anew may begin its clock anew. Some clocks stand still.
+        is_later = abs(facts.time_s - latest_s) >= self.config.recent_interval_s
+        return is_later or since > MOST_SKIPPED
 
     def choose_slot(self, facts: FrameFacts) -> int | None:
         """Slot for a tracked frame, None if it is not worth remembering."""

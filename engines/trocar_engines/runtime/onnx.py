@@ -22,7 +22,9 @@ SPIN_US = 50
 
 
 class OnnxRuntime:
-    """One session a stage; see `runtime.interface.Runtime`.
+    """One session a stage; with several threads a second one, with its own weights, for rows that run apart.
+
+    See `runtime.interface.Runtime`.
 
     Args:
         network: with its weights.
