@@ -30,14 +30,10 @@ MOST_CLICKS = 5
 
 @dataclass(kw_only=True)
 class _Memory:
-    """What the objects of an episode remember; lists in order of time, the conditioning frame first.
-
-    `latest` are the prototypes of the latest frame that showed the object.
-    """
+    """What the objects of an episode remember; lists in order of time, the conditioning frame first."""
 
     spatial: list[Tensor] = field(default_factory=list)
     prototypes: list[Tensor] = field(default_factory=list)
-    latest: Tensor | None = None
     pointers: list[Tensor] = field(default_factory=list)
 
 
@@ -208,9 +204,8 @@ def _track(
     mask_prompt = now.embedding.new_zeros(rows, 1, size, size)
     readout, presence = mask_prompt[:, :, : size // 2, : size // 2], torch.zeros(rows, device=device)
     if network.config.readout_dim:
-        assert memory.latest is not None
         with torch.autocast(device.type, enabled=False):
-            prototypes = torch.stack([memory.prototypes[0], memory.latest], dim=1).float()
+            prototypes = torch.stack([memory.prototypes[0], memory.prototypes[-1]], dim=1).float()
             readout, presence = network.read_affinity(now.keys.float(), prototypes)
             mask_prompt = upsample(readout, 2)
     has_prompt = torch.full((rows,), bool(network.config.readout_dim), device=device)
@@ -247,8 +242,6 @@ def _remember(
 ) -> None:
     """Write the frame to memory as inference would: an absent object leaves an empty mask.
 
-    Only the readout's latest picture stays the last that showed the object.
-
     Whether it is absent comes from the truth, as a presence head that is still wrong would teach the memory
     nonsense; inference takes the head's word.
     """
@@ -264,6 +257,4 @@ def _remember(
     pointer = torch.where(is_present.unsqueeze(1), network.obj_ptr_proj(token), network.no_obj_ptr)
     memory.spatial.append(spatial)
     memory.prototypes.append(prototypes)
-    shown = is_present.view(-1, 1, 1)
-    memory.latest = prototypes if memory.latest is None else torch.where(shown, prototypes, memory.latest)
     memory.pointers.append(pointer.float())
