@@ -155,8 +155,7 @@ def test_windows_show_every_kind_of_instrument_and_tissue(windows: Path) -> None
     assert found is not None
     assert set(found.classes.tolist()) == set(range(len(INSTRUMENT_CLASSES)))
     assert found.seen.shape[1:] == (4, *WINDOW)
-    inside = (found.seen[:, 0] > 0).float().mean(dim=(1, 2))
-    assert ((inside > 0.01) & (inside < 0.99)).float().mean() > 0.9, "a window is on an object"
+    assert (found.seen[:, 0] > 0).any(dim=2).any(dim=1).all(), "a window is on an object"
 
 
 def test_only_the_semantic_head_learns_from_windows(tiny_training: TrainConfig, windows: Path) -> None:
@@ -173,19 +172,19 @@ def test_only_the_semantic_head_learns_from_windows(tiny_training: TrainConfig, 
 
 
 def test_classes_learn_from_windows_and_resume(tiny_training: TrainConfig, windows: Path) -> None:
-    whole = dataclasses.replace(tiny_training, only_classes=True, windows=windows, steps=6, save_every=3)
+    whole = dataclasses.replace(tiny_training, only_classes=True, windows=windows, steps=24, save_every=12)
     halved = dataclasses.replace(whole, out=tiny_training.out / "halved")
     run = _Run(whole)
     losses = [run.advance(batch)["loss"] for batch in run.batches()]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.1
     for _ in range(2):
         resumed = _Run(halved)
         for batch in resumed.batches():
             resumed.advance(batch)
-            if resumed.step == 3:
+            if resumed.step == 12:
                 break
         resumed.save()
-    assert resumed.step == run.step == 6
+    assert resumed.step == run.step == 24
     for name, value in resumed.network.state_dict().items():
         torch.testing.assert_close(value, run.network.state_dict()[name], atol=0, rtol=0, msg=name)
 

@@ -21,12 +21,16 @@ WIDTHS = (32, 48, 64, 96)
 """Channels of the look through the window, whose sides each but the first halves."""
 WINDOW = (40, 24)
 """Points of the window along the object and across it."""
-BEHIND, BEYOND, ASIDE = 5.5, 0.75, 2.0
-"""How far the window reaches back along the object from its tip, beyond it, and to each side, in widths."""
+BEHIND, BEYOND, ASIDE = 4.0, 1.75, 2.0
+"""How far the window reaches back along the object from its tip, beyond it and to each side, in widths. A
+tracked mask lacks thin jaws: they lie beyond."""
 NARROWEST, WIDEST = 1.0, 16.0
 """Limits of an object's width, in points at stride 4."""
-BORDER_DECAY = 2.0
-"""So many points from the picture's border, a point of the mask counts e times less as where it comes in."""
+INSIDE = 2.5
+"""An end of an object so many points from the picture's border lies in the picture."""
+END_DEPTH = 2.0
+"""So many points along an object count as its end."""
+EPSILON = 1e-6
 
 
 def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
@@ -46,8 +50,9 @@ def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
 def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
     """What lies in a window on each object's tip, turned so that the object comes in from one end.
 
-    The tip is the point of the mask that lies furthest from where the mask meets the picture's border (or
-    comes nearest to it); the width is the area over the distance between the two.
+    Of the two ends of the mask's longest axis the tip is the one further from the picture's border or, where
+    the object reaches from border to border, the slimmer one; the width is the area over the distance between
+    them.
 
     Args:
         mask_logits: [B, 4h, 4w].
@@ -62,17 +67,20 @@ def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor
     ticks = torch.arange(side, device=mask_logits.device).float() + 0.5
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
     is_on = (mask_logits > 0).to(x.dtype)
-    to_border = torch.minimum(torch.minimum(x, side - x), torch.minimum(y, side - y))
-    nearest = torch.where(is_on > 0, to_border, float(side)).amin((1, 2), keepdim=True)
-    entering = is_on * ((nearest - to_border) / BORDER_DECAY).exp()
-    total = entering.sum((1, 2)).clamp(min=1.0)  # less only of an empty mask
-    from_x, from_y = (entering * x).sum((1, 2)) / total, (entering * y).sum((1, 2)) / total
-    distance = (x - from_x.view(-1, 1, 1)).square() + (y - from_y.view(-1, 1, 1)).square()
-    tip = (distance * is_on).flatten(1).argmax(1)
-    tip_x, tip_y = x.flatten()[tip], y.flatten()[tip]
-    length = ((tip_x - from_x).square() + (tip_y - from_y).square()).sqrt().clamp(min=2 * NARROWEST)
+    area = is_on.sum((1, 2)).clamp(min=1.0)  # less only of an empty mask
+    end_x, end_y = _find_ends(is_on, x, y, area)
+    length = ((end_x[:, 0] - end_x[:, 1]).square() + (end_y[:, 0] - end_y[:, 1]).square()).sqrt()
+    length = length.clamp(min=2 * NARROWEST)
+    width = (area / length).clamp(NARROWEST, WIDEST)
+    inside = torch.minimum(torch.minimum(end_x, side - end_x), torch.minimum(end_y, side - end_y))
+    apart = (x - end_x.view(-1, 2, 1, 1)).square() + (y - end_y.view(-1, 2, 1, 1)).square()
+    fullness = ((apart <= width.square().view(-1, 1, 1, 1)) * is_on.unsqueeze(1)).sum((2, 3))
+    is_crossing = inside.amax(1) < INSIDE
+    is_slimmer, is_further_in = fullness[:, 1] < fullness[:, 0], inside[:, 1] > inside[:, 0]
+    is_last = (is_crossing & is_slimmer) | (~is_crossing & is_further_in)
+    tip_x, tip_y = (torch.where(is_last, of_end[:, 1], of_end[:, 0]) for of_end in (end_x, end_y))
+    from_x, from_y = (torch.where(is_last, of_end[:, 0], of_end[:, 1]) for of_end in (end_x, end_y))
     ahead_x, ahead_y = (tip_x - from_x) / length, (tip_y - from_y) / length
-    width = (is_on.sum((1, 2)) / length).clamp(NARROWEST, WIDEST)
     steps = [(torch.arange(count, device=x.device).float() + 0.5) / count for count in WINDOW]
     along, across = torch.meshgrid(
         steps[0] * (BEHIND + BEYOND) - BEHIND, (2 * steps[1] - 1) * ASIDE, indexing="ij"
@@ -96,6 +104,35 @@ def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(seen, dim=1), torch.stack([width / WIDEST, length / side], dim=1)
 
 
+def _find_ends(is_on: Tensor, x: Tensor, y: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
+    """The two ends of each mask along its longest axis, x [B, 2] and y [B, 2].
+
+    Args:
+        is_on: [B, H, W], 1 on the mask and 0 elsewhere.
+        x: [H, W], and `y`, where the points lie.
+        area: [B], of the mask.
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        return ((is_on * values).sum((1, 2)) / area).view(-1, 1, 1)
+
+    from_x, from_y = x - mean(x), y - mean(y)
+    spread_x, spread_y, both = mean(from_x.square()), mean(from_y.square()), mean(from_x * from_y)
+    difference = spread_x - spread_y
+    double_cos = difference / (difference.square() + 4 * both.square()).sqrt().clamp(min=EPSILON)
+    cos, sin = ((1 + double_cos).clamp(min=0) / 2).sqrt(), ((1 - double_cos).clamp(min=0) / 2).sqrt()
+    along = cos * from_x + torch.where(both < 0, -sin, sin) * from_y
+    ends = []
+    for sign in (-1.0, 1.0):
+        reach = torch.where(is_on > 0, sign * along, -torch.inf).amax((1, 2), keepdim=True)
+        # Where the outermost points lie on the whole: of two jaws, between them.
+        is_end = is_on * (sign * along >= reach - END_DEPTH)
+        count = is_end.sum((1, 2)).clamp(min=1.0)
+        ends.append([(is_end * axis).sum((1, 2)) / count for axis in (x, y)])
+    end_x, end_y = (torch.stack(of_both, dim=1) for of_both in zip(*ends, strict=True))
+    return end_x, end_y
+
+
 class SemanticHead(nn.Module):
     """Class token, a look at its memory and one at the object, projection, cosine.
 
@@ -112,7 +149,8 @@ class SemanticHead(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, d_model) * 0.02)
         self.query_memory = nn.Linear(d_model, d_memory)
         self.from_memory = nn.Linear(d_memory, d_model)
-        nn.init.zeros_(self.from_memory.weight)  # says nothing until it has learnt to
+        for parameter in self.from_memory.parameters():
+            nn.init.zeros_(parameter)  # says nothing until it has learnt to
         layers = [_layer(4, WIDTHS[0], 1), *(_layer(*pair, 2) for pair in itertools.pairwise(WIDTHS))]
         places = math.prod(side // 2 ** (len(WIDTHS) - 1) for side in WINDOW)
         self.look = nn.Sequential(

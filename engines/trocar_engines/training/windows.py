@@ -5,11 +5,12 @@ that tracks: stills with true masks, roughened to what a tracker says. Painting 
 scene's time, so each ground is used for many casts of instruments, no two of them alike.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trocar_engines.network import semantic
 from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.semantic import view_of_object
+from trocar_engines.training import canvas, instruments, motion, optics, scenes, texture, tissue
 from trocar_engines.training.instruments import INSTRUMENT_KINDS, Instrument, draw_instrument, draw_style
 from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import draw_optics
@@ -38,6 +41,8 @@ FIRST_SEED = 3_000_000
 """Grounds that no clip of a training or a benchmark shows."""
 SURE = 10.0
 """Logit of a mask that knows."""
+LARGEST_CUT = 12 / 256
+"""What is thinner may be cut off a mask, in sides of the picture."""
 
 
 class Windows(NamedTuple):
@@ -56,7 +61,7 @@ class Windows(NamedTuple):
 
 def render_windows(folder: Path, size_px: int, index: int) -> Path:
     """Render the windows of one ground into `folder` unless they are there; returns their path."""
-    path = folder / f"windows-{size_px}-{index:06d}.npz"
+    path = folder / f"windows-{_identify()}-{size_px}-{index:06d}.npz"
     if path.exists():
         return path
     torch.set_num_threads(1)
@@ -85,13 +90,21 @@ def render_window_store(
 
 def open_windows(folder: Path, size_px: int) -> Windows | None:
     """Every rendered window of that size in `folder`, pictures in half precision; None if there is none."""
-    stored = [np.load(path) for path in sorted(folder.glob(f"windows-{size_px}-*.npz"))]
+    stored = [np.load(path) for path in sorted(folder.glob(f"windows-{_identify()}-{size_px}-*.npz"))]
     if not stored:
         return None
     seen, shape, classes = (
         torch.from_numpy(np.concatenate([one[name] for one in stored])) for name in Windows._fields
     )
     return Windows(seen, shape, classes.long())
+
+
+@cache
+def _identify() -> str:
+    """Hash of the code that renders and looks: windows of another view would teach another head."""
+    modules = (canvas, instruments, motion, optics, scenes, semantic, texture, tissue)
+    files = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +187,10 @@ def _draw_windows(size_px: int, seed: int) -> Windows:
 def _draw_cast(rng: np.random.Generator, palette: Palette, *, has_structures: bool) -> Cast:
     """Two to four instruments of any kind, from all sides."""
     count = int(rng.integers(2, 5))
-    instruments: list[Instrument] = []
+    players: list[Instrument] = []
     for index in range(count):
         kind = str(rng.choice(INSTRUMENT_KINDS))
-        instruments.append(
+        players.append(
             draw_instrument(
                 rng,
                 kind,
@@ -191,13 +204,19 @@ def _draw_cast(rng: np.random.Generator, palette: Palette, *, has_structures: bo
     structures = [draw_structure(rng, palette, 1.0) for _ in range(int(rng.integers(1, 3)))]
     camera = draw_camera(rng, rng.uniform(0.0, 1.3))
     shown = tuple(structures) if has_structures else ()
-    return Cast(palette, camera, draw_optics(rng), tuple(instruments), shown)
+    return Cast(palette, camera, draw_optics(rng), tuple(players), shown)
 
 
 def _roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
-    """Logits at stride 4 of true masks [B, S, S]: half of them as they are, half as a tracker has them."""
+    """Logits at stride 4 of true masks [B, S, S]: some as they are, most as a tracker has them."""
+    if rng.random() < 0.6:
+        # Thin jaws, hooks and points are what a tracker's mask lacks.
+        side = 2 * int(rng.integers(1, max(1, int(LARGEST_CUT * masks.shape[-1]) // 2) + 1)) + 1
+        kept = torch.nn.functional.max_pool2d(1 - masks.unsqueeze(1), side, stride=1, padding=side // 2)
+        kept = torch.nn.functional.max_pool2d(1 - kept, side, stride=1, padding=side // 2)
+        masks = torch.minimum(masks, kept.squeeze(1))
     share = torch.nn.functional.adaptive_avg_pool2d(masks.unsqueeze(1), masks.shape[-1] // 4)
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         offsets = torch.arange(-4, 5).float()
         kernel = torch.exp(-offsets.square() / (2 * rng.uniform(0.6, 1.6) ** 2))
         kernel = torch.outer(kernel, kernel)
@@ -207,4 +226,4 @@ def _roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
         )
         # Where the mask is unsure, its outline wanders; and all of it is a little too large or too small.
         share = share + rng.uniform(0.0, 1.0) * waves * share * (1 - share) + rng.normal(0, 0.08)
-    return (SURE * rng.uniform(0.4, 1.0) * (2 * share - 1)).squeeze(1)
+    return (SURE * rng.uniform(0.15, 1.0) * (2 * share - 1)).squeeze(1)
