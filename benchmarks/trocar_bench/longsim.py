@@ -11,7 +11,6 @@ Clips are stored in DAVIS layout with `objects.json` beside them (see `davis`), 
 longer than tracking it.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ import torch
 from trocar.writer import write_paletted_png
 from trocar_bench.davis import OBJECTS_FILE
 from trocar_engines.errors import TrocarError
-from trocar_engines.training import canvas, instruments, motion, optics, scenes, texture, tissue
 from trocar_engines.training.canvas import Material, Segment
 from trocar_engines.training.instruments import (
     HELD_OUT_KIND,
@@ -40,6 +38,7 @@ from trocar_engines.training.instruments import (
 from trocar_engines.training.motion import Absence, Camera, Point, Wander, draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
 from trocar_engines.training.scenes import Cast, Scene, SceneConfig
+from trocar_engines.training.store import identify_renderer
 from trocar_engines.training.texture import Colour
 from trocar_engines.training.tissue import draw_palette
 
@@ -394,10 +393,7 @@ def open_scene(clip: LongClip, *, width_px: int = WIDTH_PX, height_px: int = HEI
 
 def identify(subset: Subset, seed: int) -> dict[str, object]:
     """What figures on a set belong to: its name, its seed and the code that rendered it."""
-    modules = (canvas, instruments, motion, optics, scenes, texture, tissue)
-    files = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {"subset": subset.name, "seed": seed, "renderer": digest[:8]}
+    return {"subset": subset.name, "seed": seed, "renderer": identify_renderer(Path(__file__))}
 
 
 def render_longsim(

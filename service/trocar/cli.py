@@ -445,8 +445,8 @@ def _serve(options: argparse.Namespace) -> int:
 def keep_from_collector() -> None:
     """Let the garbage collector pass over all that was made so far, which stays for good.
 
-    Modules are 260,000 objects, and while a full collection looks at them no frame moves: 0.25 s. What an
-    export of engines left behind goes first.
+    Modules are 260,000 objects, and while a full collection looks at them no frame moves: 0.25 s on a busy
+    core. What an export of engines left behind goes first.
     """
     gc.collect()
     gc.freeze()

@@ -150,6 +150,15 @@ def test_windows_are_rendered_once_and_the_same(windows: Path, tmp_path: Path) -
         np.testing.assert_array_equal(again[name], values)
 
 
+def test_windows_that_other_code_rendered_are_left_alone(windows: Path, tmp_path: Path) -> None:
+    size_px = TINY.input_size_px
+    stored = next(windows.iterdir())
+    (tmp_path / stored.name).write_bytes(stored.read_bytes())
+    assert open_windows(tmp_path, size_px) is not None
+    (tmp_path / stored.name).rename(tmp_path / f"windows-00000000-{size_px}-000000.npz")
+    assert open_windows(tmp_path, size_px) is None
+
+
 def test_windows_show_every_kind_of_instrument_and_tissue(windows: Path) -> None:
     found = open_windows(windows, TINY.input_size_px)
     assert found is not None

@@ -1,5 +1,6 @@
 """Clips on disk: rendered once, read many times."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from trocar_engines.errors import TrocarError
 from trocar_engines.masklets import UInt8Array
 from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.preprocess import resize_to_model
+from trocar_engines.training import canvas, instruments, motion, optics, scenes, texture, tissue
 from trocar_engines.training.clip import Clip
 from trocar_engines.training.scenes import SceneConfig, render_clip
 from trocar_engines.training.worlds import render_world
@@ -23,6 +25,13 @@ CLIP_FRAMES = 8
 FRAME_RATES_HZ = (1.5, 3.0, 6.0, 12.0)
 """Steps from a fifteenth of a second to most of one: a live stream and a memory minutes apart."""
 NO_CLASS = -1
+
+
+def identify_renderer(*files: Path) -> str:
+    """Hash of the code that renders surgery, and of further files: what rendered pictures belong to."""
+    modules = (canvas, instruments, motion, optics, scenes, texture, tissue)
+    sources = [Path(str(module.__file__)) for module in modules] + list(files)
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
 
 
 class StoredClip:

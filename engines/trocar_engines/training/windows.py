@@ -5,7 +5,6 @@ that tracks: stills with true masks, roughened to what a tracker says. Painting 
 scene's time, so each ground is used for many casts of instruments, no two of them alike.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +22,12 @@ from trocar_engines.network import semantic
 from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.semantic import view_of_object
-from trocar_engines.training import canvas, instruments, motion, optics, scenes, texture, tissue
 from trocar_engines.training.instruments import INSTRUMENT_KINDS, Instrument, draw_instrument, draw_style
 from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import draw_optics
 from trocar_engines.training.sampling import FEWEST_PIXELS
 from trocar_engines.training.scenes import Cast, Scene, SceneConfig
+from trocar_engines.training.store import identify_renderer
 from trocar_engines.training.tissue import Palette, draw_palette, draw_structure
 
 CASTS = 12
@@ -102,9 +101,7 @@ def open_windows(folder: Path, size_px: int) -> Windows | None:
 @cache
 def _identify() -> str:
     """Hash of the code that renders and looks: windows of another view would teach another head."""
-    modules = (canvas, instruments, motion, optics, scenes, semantic, texture, tissue)
-    files = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    return identify_renderer(Path(str(semantic.__file__)), Path(__file__))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +143,8 @@ def _change(rng: np.random.Generator, seen: Tensor) -> Tensor:
         move_x, move_y = rng.normal(0, 0.12, 2)
         change = torch.tensor([[[wide, turn, move_x], [-turn, high, move_y]]], dtype=torch.float32)
         grid = torch.nn.functional.affine_grid(change, [1, *seen.shape], align_corners=False)
-        seen = torch.nn.functional.grid_sample(seen[None], grid, padding_mode="border", align_corners=False)[
-            0
-        ]
+        moved = torch.nn.functional.grid_sample(seen[None], grid, padding_mode="border", align_corners=False)
+        seen = moved[0]
     if rng.random() < 0.5:
         gain, offset = 1 + 0.2 * _normal(rng, 3, 1, 1), 0.25 * _normal(rng, 3, 1, 1)
         picture = seen[1:] * gain + offset
