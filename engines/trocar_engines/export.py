@@ -16,6 +16,7 @@ from onnxscript import opset20 as onnx_ops
 from torch import Tensor, nn
 from torch.export import Dim
 
+import trocar_engines.network.appearance
 import trocar_engines.network.attention
 import trocar_engines.network.config
 import trocar_engines.network.decoder
@@ -24,6 +25,7 @@ import trocar_engines.network.readout
 import trocar_engines.network.sam2s
 import trocar_engines.network.semantic
 import trocar_engines.network.trunk
+import trocar_engines.network.window
 from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView, PromptTensors
 
@@ -74,8 +76,8 @@ def export_stages(
 
 
 def stages_of(network: SAM2S) -> tuple[str, ...]:
-    """What a tracker runs of a network; `classify` only where it knows classes."""
-    return (*STAGES, "classify") if network.config.classes else STAGES
+    """What a tracker runs of a network; `recognise` only where it knows classes."""
+    return (*STAGES, "recognise") if network.config.classes else STAGES
 
 
 def engine_folder(cache: Path, network: SAM2S) -> Path:
@@ -90,7 +92,18 @@ def engine_folder(cache: Path, network: SAM2S) -> Path:
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     digest.update(repr(network.config).encode())
     network_code = trocar_engines.network
-    for module in ("attention", "config", "decoder", "precision", "readout", "sam2s", "semantic", "trunk"):
+    for module in (
+        "appearance",
+        "attention",
+        "config",
+        "decoder",
+        "precision",
+        "readout",
+        "sam2s",
+        "semantic",
+        "trunk",
+        "window",
+    ):
         digest.update(Path(getattr(network_code, module).__file__).read_bytes())
     digest.update(Path(__file__).read_bytes())
     digest.update(f"{torch.__version__} {version('onnx')} {version('onnxscript')} {OPSET}".encode())
@@ -124,7 +137,7 @@ def stage_functions(network: SAM2S) -> dict[str, StageFunction]:
         "encode_memory": network.encode_memory,
     }
     if network.config.classes:
-        functions["classify"] = lambda *tensors: (network.classify(*tensors),)
+        functions["recognise"] = network.recognise
     return functions
 
 
@@ -184,7 +197,7 @@ def example_inputs(
         "encode_memory": (features.embedding, features.keys, logits, normal(rows).abs(), flags),
     }
     if config.classes:
-        inputs["classify"] = (normal(rows, config.d_model), pixels, logits)
+        inputs["recognise"] = (normal(rows, config.d_model), pixels, logits)
     return inputs
 
 
@@ -202,7 +215,7 @@ def _dynamic_shapes() -> dict[str, tuple[Any, ...]]:
         "track_masks": (only_rows,) * 5,
         "decode_prompt": (*(only_rows,) * 4, points, points, *(only_rows,) * 3),
         "encode_memory": (only_rows,) * 5,
-        "classify": (only_rows,) * 3,
+        "recognise": (only_rows,) * 3,
     }
 
 

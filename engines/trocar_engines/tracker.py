@@ -27,7 +27,9 @@ from trocar_engines.masklets import (
     UInt8Array,
 )
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
+from trocar_engines.memory.gallery import Gallery
 from trocar_engines.memory.pool import MemoryPool, is_uniform
+from trocar_engines.network.appearance import LEAST_AREA
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import Runtime
@@ -46,12 +48,21 @@ CLASS_FLOOR = 1e-3
 CLASS_SHARPNESS = 1.5
 """Several looks that agree are surer than their mean. With it probabilities are right on twelve short LongSim
 clips: 81% of looks right in the mean, and 81% sure."""
-MOST_CLASSIFIED = 2
-"""Objects of one batch that are classified on one tick; the others wait their turn."""
+MOST_LOOKS = 2
+"""Objects of one batch that are looked at on one tick; the others wait their turn."""
 LEAST_CLASS_PROBABILITY = 0.5
 """Below it a class is "unknown"."""
 LEAST_RETURN_PROBABILITY = 0.1
 """Least probability of a LOST object's class in what is taken for it: kinds of instruments are alike."""
+LIKENESS_MEMORY = 0.5
+"""Share of the past in how much what is found is like the object, at each look."""
+ALIKE, UNLIKE = 0.7, 0.5
+"""Likeness, see `Gallery.compare`, above which what was lost is taken back, and below which what is followed
+is doubted."""
+SURELY_ALIKE = 0.8
+"""Likeness from which on a view joins the gallery: what joins it widens what is believed."""
+SOUND_IOU = 0.7
+"""A mask of such a predicted IoU that is followed without a break is believed whatever it looks like."""
 UNKNOWN_CLASS = "unknown"
 
 
@@ -64,7 +75,7 @@ class TrackerConfig:
         bank: slots and thresholds of an object's memory.
         lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
         return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
-        class_interval_s: an object that shows is classified so often, after the reply.
+        look_interval_s: an object that shows is looked at so often for kind and appearance, after the reply.
         kept_bytes: budget for image features of recent frames, per stream; prompts may name those frames.
         most_kept_frames: and never more than so many: at 60 frames a second, a second and a quarter, so that
             a tap on a picture that is a second old still meets it.
@@ -74,7 +85,7 @@ class TrackerConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     lost_after_s: float = 2.0
     return_iou: float = 0.5
-    class_interval_s: float = 0.2
+    look_interval_s: float = 0.2
     kept_bytes: int = 64 << 20
     most_kept_frames: int = 75
 
@@ -123,13 +134,18 @@ class TrackedObject:
         behind: kept frames that it still has to pass through to reach the present, each with the number of
             frames since the one before; it has no masklets meanwhile.
         missed: frames that came meanwhile.
-        is_doubted: something was found on the last frame that is not believed to be the object; it is neither
-            shown nor remembered.
+        is_doubted: something was found on the last frame that is not believed to be the object; it is not
+            shown, and forgotten unless later looks speak for it.
+        is_lost: on the last frame it had not been seen for long.
+        was_away: it was lost or doubted since a person pointed at it.
         class_evidence: running mean of the log probabilities of what the object looked like, float32 [K];
             None until then.
-        doubted_class: class probabilities of what was doubted last, and `doubted_at_s`, when; something else
-            may have taken its place since. None once the object is recognised.
-        classified_at_s: when it was looked at last.
+        gallery: what the object looked like.
+        found_class: class probabilities at the last look at what is found now; None before it.
+        likeness: of what is found now to the object's gallery, a running mean over the looks at it; None
+            before the first.
+        looked_at_s: when it was looked at last; `found_at_s`, when anything was found last, and
+            `alike_at_s`, when what was found looked like the object.
     """
 
     object_id: int
@@ -142,17 +158,46 @@ class TrackedObject:
     behind: deque[tuple[KeptFrame, int]] = field(default_factory=deque)
     missed: int = 0
     is_doubted: bool = False
+    is_lost: bool = False
+    was_away: bool = False
     seen_at_s: float = 0.0
     frames_since_seen: int = 0
     class_evidence: Float32Array | None = None
-    doubted_class: Float32Array | None = None
-    doubted_at_s: float = -math.inf
-    classified_at_s: float = -math.inf
+    gallery: Gallery = field(default_factory=Gallery)
+    found_class: Float32Array | None = None
+    likeness: float | None = None
+    looked_at_s: float = -math.inf
+    found_at_s: float = -math.inf
+    alike_at_s: float = -math.inf
 
     @property
     def class_probabilities(self) -> Float32Array | None:
-        """What kind of object it is, float32 [K]; None until it was classified."""
+        """What kind of object it is, float32 [K]; None until it was looked at."""
         return None if self.class_evidence is None else _softmax(CLASS_SHARPNESS * self.class_evidence)
+
+    def forget_found(self) -> None:
+        """What is found next may be another thing."""
+        self.found_class, self.likeness, self.looked_at_s = None, None, -math.inf
+
+    def look(self, descriptor: Float32Array, time_s: float, *, is_sound: bool) -> None:
+        """Weigh how much what is found is like the object, and remember views that surely are its own.
+
+        Until it was away for the first time, what is followed soundly is the object, however it changes.
+        """
+        self.looked_at_s = time_s
+        if not self.gallery.is_begun:
+            self.gallery.add(descriptor)
+            self.alike_at_s = time_s
+            return
+        likeness = self.gallery.compare(descriptor)
+        past = likeness if self.likeness is None else self.likeness
+        self.likeness = LIKENESS_MEMORY * past + (1 - LIKENESS_MEMORY) * likeness
+        if self.is_doubted:
+            return
+        if self.likeness >= ALIKE:
+            self.alike_at_s = time_s
+        if likeness >= SURELY_ALIKE or (is_sound and not self.was_away):
+            self.gallery.add(descriptor)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -194,7 +239,7 @@ class StreamState:
 class _Row:
     """One object on one frame: row of a batch. `frames` have come since the one it was tracked on before.
 
-    `pixels` of the picture are known in the present only.
+    `pixels` of the picture are known in the present only; `found_area` in points of the mask, be it doubted.
     """
 
     tracked: TrackedObject
@@ -202,12 +247,7 @@ class _Row:
     frames: int = 1
     pixels: UInt8Array | None = None
     masklet: Masklet | None = None
-
-    @property
-    def is_found(self) -> bool:
-        """Whether something was found, be it doubted."""
-        assert self.masklet is not None, "known once the row is read back"
-        return self.masklet.state is ObjectState.VISIBLE or self.tracked.is_doubted
+    found_area: int = 0
 
     @property
     def facts(self) -> FrameFacts:
@@ -216,9 +256,10 @@ class _Row:
         return FrameFacts(
             time_s=self.frame.time_s,
             predicted_iou=self.masklet.predicted_iou,
-            is_present=self.masklet.state is ObjectState.VISIBLE,
-            is_trusted=self.frame.is_trusted and not self.tracked.is_doubted,
-            area=mask_area(self.masklet.mask_logits),
+            # What is followed and only just doubted goes on as it is until more looks tell.
+            is_present=self.masklet.state is ObjectState.VISIBLE or self.tracked.is_doubted,
+            is_trusted=self.frame.is_trusted and not (self.tracked.is_doubted and self.tracked.is_lost),
+            area=self.found_area,
             summary=self.frame.summary,
         )
 
@@ -258,14 +299,14 @@ class Tracker:
 
     @torch.inference_mode()
     def warm_semantics(self) -> None:
-        """Classify nothing once: the first real object comes between two live frames."""
+        """Recognise nothing once: the first real object comes between two live frames."""
         if not self.network.classes:
             return
         side, device = self.network.input_size_px, self.runtime.device
         token = torch.zeros(1, self.network.d_model, device=device)
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8)
         mask_logits = torch.zeros(1, self.network.mask_size, self.network.mask_size, device=device)
-        self.runtime.classify(token, pixels, mask_logits)
+        self.runtime.recognise(token, pixels, mask_logits)
 
     def open_stream(self, bank: BankConfig, most_objects: int) -> StreamState:
         """State for a new stream."""
@@ -354,13 +395,14 @@ class Tracker:
             for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
                 can_look = row.pixels is not None
                 row.masklet = self._masklet(row.tracked, read, row.frame, can_look=can_look)
+                row.found_area = mask_area(read.mask_logits) if read.presence_logit > 0 else 0
             batches.append(_Batch(batch, features, decoded, class_token))
             clock.lap("readback")
         return batches
 
     @torch.inference_mode()
     def remember(self, step: Step) -> None:
-        """Write the tick's frames to memory and classify whose turn it is; kept off the reply's path."""
+        """Write the tick's frames to memory and look at whose turn it is; kept off the reply's path."""
         clock = self.runtime.start_clock()
         if step.results:  # what catching up takes is no tick's
             self._memory_clock = clock
@@ -393,35 +435,38 @@ class Tracker:
                 if is_due:
                     row.tracked.bank.consider(fact, slot)
             if self.network.classes:
-                self._classify(batch, decoded, class_token)
+                self._recognise(batch, decoded, class_token)
         clock.lap("write_memory")
 
-    def _classify(self, rows: list[_Row], decoded: Decoded, class_token: Tensor) -> None:
-        """Look what kind of object it is that some of the rows show, those first that wait longest."""
+    def _recognise(self, rows: list[_Row], decoded: Decoded, class_token: Tensor) -> None:
+        """Look what some of the rows show, those first that wait longest: kind and appearance."""
         due = [
             index
             for index, row in enumerate(rows)
             if row.pixels is not None
-            and row.is_found
+            # What is small tells little, but what is doubted has no other way back.
+            and row.found_area >= (1 if row.tracked.is_doubted else LEAST_AREA)
             and row.frame.is_trusted
             # Either way: a source that begins anew may begin its clock anew.
-            and abs(row.frame.time_s - row.tracked.classified_at_s) >= self.config.class_interval_s
+            and abs(row.frame.time_s - row.tracked.looked_at_s) >= self.config.look_interval_s
         ]
-        due = sorted(due, key=lambda index: rows[index].tracked.classified_at_s)[:MOST_CLASSIFIED]
+        due = sorted(due, key=lambda index: rows[index].tracked.looked_at_s)[:MOST_LOOKS]
         if not due:
             return
         shown = [pixels for index in due if (pixels := rows[index].pixels) is not None]
         of_due = torch.from_numpy(np.stack(shown))
-        logits = self.runtime.classify(class_token[due], of_due, decoded.mask_logits[due]).numpy()
-        for index, of_one in zip(due, logits, strict=True):
+        seen = self.runtime.recognise(class_token[due], of_due, decoded.mask_logits[due])
+        for index, of_one, descriptor in zip(due, *(values.numpy() for values in seen), strict=True):
             tracked, likely = rows[index].tracked, _softmax(of_one)
-            tracked.classified_at_s = rows[index].frame.time_s
+            tracked.found_class = likely
+            masklet = rows[index].masklet
+            is_sound = masklet is not None and masklet.predicted_iou >= SOUND_IOU
+            tracked.look(descriptor, rows[index].frame.time_s, is_sound=is_sound)
             if tracked.is_doubted:
-                tracked.doubted_class, tracked.doubted_at_s = likely, tracked.classified_at_s
                 continue
-            seen = np.log(likely + CLASS_FLOOR)
-            past = seen if tracked.class_evidence is None else tracked.class_evidence
-            tracked.class_evidence = CLASS_MEMORY * past + (1 - CLASS_MEMORY) * seen
+            evidence = np.log(likely + CLASS_FLOOR)
+            past = evidence if tracked.class_evidence is None else tracked.class_evidence
+            tracked.class_evidence = CLASS_MEMORY * past + (1 - CLASS_MEMORY) * evidence
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
@@ -621,7 +666,12 @@ class Tracker:
             known: past for known, past in tracked.past.items() if not is_new and known < frame.frame_id
         }
         if is_new:
-            tracked.class_evidence, tracked.classified_at_s = None, -math.inf
+            tracked.class_evidence = None
+        if is_new or tracked.is_doubted or tracked.frames_since_seen:
+            # Whoever points knows better than what was remembered of its looks.
+            tracked.gallery = Gallery()
+            tracked.is_doubted = tracked.was_away = False
+            tracked.forget_found()
 
     def _masklet(
         self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool = True
@@ -633,12 +683,21 @@ class Tracker:
         """
         is_found = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
         is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
-        is_recognised = is_found and (
-            not is_lost or self._is_recognised(tracked, read, frame, can_look=can_look)
+        # Two looks long a gap is a flicker.
+        if abs(frame.time_s - tracked.found_at_s) > 2 * self.config.look_interval_s:
+            tracked.forget_found()
+        if is_found:
+            tracked.found_at_s = frame.time_s
+        is_recognised = is_found and self._is_recognised(
+            tracked, read, must_prove=(is_lost or tracked.is_doubted) and can_look
         )
+        was_lost, tracked.is_lost = tracked.is_lost, is_lost
+        if tracked.is_doubted and is_lost and not was_lost:
+            # What was followed was another thing since it last looked like the object.
+            tracked.bank.roll_back(math.nextafter(tracked.alike_at_s, math.inf), tracked.bank.frame)
         tracked.is_doubted = is_found and not is_recognised
+        tracked.was_away |= is_lost or tracked.is_doubted
         if is_recognised:
-            tracked.doubted_class = None
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             state = ObjectState.VISIBLE
         else:
@@ -659,25 +718,30 @@ class Tracker:
             frames_since_seen=tracked.frames_since_seen,
         )
 
-    def _is_recognised(
-        self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool
-    ) -> bool:
-        """Whether what is taken for a lost object is that object: memory and semantics must agree.
+    def _is_recognised(self, tracked: TrackedObject, read: "_Readback", *, must_prove: bool) -> bool:
+        """Whether what is found is the object: a look-alike must not inherit an identity.
 
-        Its mask must look sound, and where the object's class is known it must not surely look like another
-        one. A look-alike should not inherit an identity.
+        What is followed without a break is believed unless it is neither sound nor like the object. What is
+        taken for a lost object must prove itself: its mask must look sound, its class must be possible, and
+        it must look like the object.
         """
         if tracked.bank.config.policy is MemoryPolicy.VANILLA:
             return True
+        if not must_prove:
+            is_unlike = tracked.likeness is not None and tracked.likeness < UNLIKE
+            return read.predicted_iou >= SOUND_IOU or not is_unlike
         if read.predicted_iou < self.config.return_iou:
             return False
         known = tracked.class_probabilities
-        if not can_look or known is None or known.max() < LEAST_CLASS_PROBABILITY:
-            return True
-        age_s = abs(frame.time_s - tracked.doubted_at_s)
-        if tracked.doubted_class is None or age_s > 2 * self.config.class_interval_s:
-            return False  # classified after the reply; the next frame tells
-        return bool(tracked.doubted_class[known.argmax()] >= LEAST_RETURN_PROBABILITY)
+        if known is None:
+            return True  # lost before anyone could look at it
+        if tracked.found_class is None:
+            return False  # looked at after the reply; the next frame tells
+        if known.max() >= LEAST_CLASS_PROBABILITY:
+            probability = tracked.found_class[known.argmax()]
+            if probability < LEAST_RETURN_PROBABILITY:
+                return False
+        return tracked.likeness is None or tracked.likeness >= ALIKE
 
     def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
         if probabilities is None:

@@ -870,15 +870,16 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to begin with")
     parser.add_argument(
-        "--only-classes",
-        action="store_true",
-        help="let only the semantic head learn, from windows on the instruments of rendered stills",
+        "--only",
+        choices=("classes", "appearance"),
+        default="",
+        help="let only the semantic or the appearance head learn, from windows on rendered instruments",
     )
     parser.add_argument(
         "--windows",
         type=Path,
         default=Path("runs/windows"),
-        help="folder of rendered windows, for --only-classes; filled when short, about 35 a scene",
+        help="folder of rendered windows, for --only; filled when short, 35 to 90 a scene",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for every core")
@@ -887,20 +888,22 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from trocar_engines.models import cpu_threads, set_torch_threads
     from trocar_engines.network.config import network_config
+    from trocar_engines.training.appearance import render_views
     from trocar_engines.training.store import render_store
     from trocar_engines.training.train import Progress, TrainConfig, train
-    from trocar_engines.training.windows import render_window_store
+    from trocar_engines.training.windows import fill_store, render_windows
 
-    if options.only_classes and options.start_from is None:
-        raise TrocarError("--only-classes needs --start-from: the rest of the network would stay random")
-    if options.only_classes and options.real:
-        raise TrocarError("--real clips name no classes: --only-classes renders its own pictures")
+    if options.only and options.start_from is None:
+        raise TrocarError("--only needs --start-from: the rest of the network would stay random")
+    if options.only == "classes" and options.real:
+        raise TrocarError("--real clips name no classes: --only classes renders its own pictures")
     threads = options.threads or cpu_threads()
     size_px = network_config(options.model).input_size_px
     rendered = itertools.count(1)
-    if options.only_classes:
+    if options.only:
         with _show_progress("rendering windows", options.scenes) as on_ground:
-            render_window_store(
+            fill_store(
+                render_windows if options.only == "classes" else render_views,
                 options.windows,
                 size_px=size_px,
                 grounds=options.scenes,
@@ -927,7 +930,7 @@ def _train(options: argparse.Namespace) -> int:
         seed=options.seed,
         start_from=options.start_from,
         device=options.device,
-        only_classes=options.only_classes,
+        only=options.only,
         windows=options.windows,
     )
     last: Progress | None = None

@@ -74,7 +74,8 @@ def run_stages(runtime: Runtime, rows: int, slots: int, points: int) -> Iterator
         torch.arange(rows) % 3 == 0,
     )
     yield from ((f"prompted {name}", value) for name, value in prompted_masks._asdict().items())
-    yield "class logits", runtime.classify(class_token, pixels, logits)
+    seen = runtime.recognise(class_token, pixels, logits)
+    yield from seen._asdict().items()
 
 
 # Two threads: one row they share; of three rows each takes one, and the third they share.

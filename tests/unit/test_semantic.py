@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trocar_engines.network.semantic import BEHIND, BEYOND, WIDEST, WINDOW, view_of_object
+from trocar_engines.network.semantic import TIP, view_of_object
+from trocar_engines.network.window import WIDEST
 
 SIDE = 64
-TIP_ROW = round(WINDOW[0] * BEHIND / (BEHIND + BEYOND))
+TIP_ROW = round(TIP.along * TIP.behind / (TIP.behind + TIP.beyond))
 """Of the window, where the mask ends."""
 
 
@@ -24,7 +25,7 @@ def bar(turns: int) -> tuple[Tensor, Tensor]:
 def test_window_turns_with_the_object(turns: int) -> None:
     upright, shape = view_of_object(*bar(0))
     seen, turned_shape = view_of_object(*bar(turns))
-    assert seen.shape == (1, 4, *WINDOW)
+    assert seen.shape == (1, 4, TIP.along, TIP.across)
     torch.testing.assert_close(seen, upright, atol=1e-3, rtol=0)
     torch.testing.assert_close(turned_shape, shape)
     assert turned_shape[0, 0].item() * WIDEST == pytest.approx(7, abs=0.5)

@@ -10,9 +10,16 @@ from networks import TINY, lively_network
 from trocar_engines.errors import CapacityError, FrameNotKeptError, InvalidPromptError, UnknownObjectError
 from trocar_engines.masklets import ObjectState, Picture, Prompt, PromptMode
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
-from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors, Recognition
 from trocar_engines.runtime.eager import EagerRuntime
-from trocar_engines.tracker import MOST_CLASSIFIED, UNKNOWN_CLASS, StreamState, Tracker, TrackerConfig
+from trocar_engines.tracker import (
+    MOST_LOOKS,
+    SOUND_IOU,
+    UNKNOWN_CLASS,
+    StreamState,
+    Tracker,
+    TrackerConfig,
+)
 
 BANK = BankConfig(recent_slots=3, candidate_iou=0.0, candidate_interval_s=0.0)
 WIDTH, HEIGHT = 160, 90
@@ -366,8 +373,8 @@ class TellingRuntime(EagerRuntime):
 
     def __init__(self) -> None:
         super().__init__(lively_network())
-        self.presence, self.iou, self.instrument = 5.0, 0.9, 0
-        self.classified: list[int] = []
+        self.presence, self.iou, self.instrument, self.appearance = 5.0, 0.9, 0, 0
+        self.looks: list[int] = []
 
     def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
         decoded = super().track_masks(conditioned, features, prototypes)
@@ -377,11 +384,13 @@ class TellingRuntime(EagerRuntime):
             presence_logit=torch.full_like(decoded.presence_logit, self.presence),
         )
 
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        self.classified.append(len(class_token))
-        logits = torch.full_like(super().classify(class_token, pixels, mask_logits), -5.0)
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        self.looks.append(len(class_token))
+        logits, descriptor = super().recognise(class_token, pixels, mask_logits)
+        logits, descriptor = torch.full_like(logits, -5.0), torch.zeros_like(descriptor)
         logits[:, self.instrument] = 5.0
-        return logits
+        descriptor[:, self.appearance] = 1.0
+        return Recognition(logits, descriptor)
 
 
 @pytest.mark.parametrize(
@@ -417,6 +426,16 @@ def test_a_lost_object_comes_back_only_if_memory_and_semantics_agree(
     assert outcome.masklet.state is ObjectState.VISIBLE, "a surgeon who points is believed"
 
 
+def watch(tracker: Tracker, stream: StreamState, frames: range) -> list[ObjectState]:
+    """The first object's state on each frame."""
+    states = []
+    for frame in frames:
+        step = tracker.step([stream], [picture(frame)])
+        tracker.remember(step)
+        states.append(step.results[0].masklets[0].state)
+    return states
+
+
 def lose(tracker: Tracker, stream: StreamState, runtime: TellingRuntime, last: int) -> None:
     """An object that was classified, and then was away for so long that it is lost."""
     follow(tracker, stream, range(1))
@@ -424,6 +443,69 @@ def lose(tracker: Tracker, stream: StreamState, runtime: TellingRuntime, last: i
     follow(tracker, stream, range(1, 10))
     runtime.presence = -5.0
     follow(tracker, stream, range(10, last))
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_lost_object_comes_back_only_if_it_looks_like_itself(is_back: bool) -> None:
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=1.0))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 60))
+    runtime.presence = -5.0
+    follow(tracker, stream, range(60, 120))
+    runtime.presence, runtime.appearance = 5.0, 0 if is_back else 1
+    states = watch(tracker, stream, range(120, 150))
+    assert states[0] is ObjectState.LOST, "looked at after the reply"
+    assert set(states[1:]) == {ObjectState.VISIBLE if is_back else ObjectState.LOST}
+    runtime.appearance = 0
+    assert watch(tracker, stream, range(150, 180))[-1] is ObjectState.VISIBLE
+
+
+def test_what_no_longer_looks_like_the_object_is_neither_shown_nor_remembered() -> None:
+    """A look-alike that takes the object's place without a gap."""
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 60))
+    runtime.appearance, runtime.iou = 1, SOUND_IOU - 0.1
+    states = watch(tracker, stream, range(60, 90))
+    refuted = states.index(ObjectState.OCCLUDED)
+    assert refuted < 15, "half a second"
+    assert ObjectState.VISIBLE not in states[refuted:]
+    assert max(stream.objects[1].bank.recent.times.values()) > 85 / 30, "looks may yet speak for it"
+    assert watch(tracker, stream, range(90, 150))[-1] is ObjectState.LOST
+    assert not stream.objects[1].bank.recent.times, "what was learnt of the other is forgotten"
+    assert tracker.prompt(stream, click(1, 149)).masklet.state is ObjectState.VISIBLE
+    assert set(watch(tracker, stream, range(150, 200))) == {ObjectState.VISIBLE}, "who points is believed"
+
+
+def test_a_sound_mask_that_is_followed_without_a_break_is_believed() -> None:
+    """It bleeds, smokes, turns round: the object changes its looks in view."""
+    runtime = TellingRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 60))
+    runtime.appearance = 1
+    assert set(watch(tracker, stream, range(60, 120))) == {ObjectState.VISIBLE}
+    runtime.iou = SOUND_IOU - 0.1
+    assert set(watch(tracker, stream, range(120, 150))) == {ObjectState.VISIBLE}, "its looks were learnt"
+
+
+def test_vanilla_memory_asks_nobody_what_it_looks_like() -> None:
+    runtime, bank = TellingRuntime(), dataclasses.replace(BANK, policy=MemoryPolicy.VANILLA)
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=bank))
+    stream = tracker.open_stream(bank, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, 60))
+    runtime.appearance = 1
+    assert set(watch(tracker, stream, range(60, 120))) == {ObjectState.VISIBLE}
 
 
 def test_a_return_that_flickers_is_recognised() -> None:
@@ -434,9 +516,7 @@ def test_a_return_that_flickers_is_recognised() -> None:
     states = []
     for frame in range(60, 66):
         runtime.presence = 5.0 if frame % 2 else -5.0
-        step = tracker.step([stream], [picture(frame)])
-        tracker.remember(step)
-        states.append(step.results[0].masklets[0].state)
+        states += watch(tracker, stream, range(frame, frame + 1))
     lost, seen = ObjectState.LOST, ObjectState.VISIBLE
     assert states[:4] == [lost, lost, lost, seen], "classified on the second, recognised on the fourth"
 
@@ -448,11 +528,11 @@ def test_a_clock_that_begins_anew_stops_no_classification() -> None:
     follow(tracker, stream, range(3000, 3001))
     tracker.prompt(stream, click(1, 3000))
     follow(tracker, stream, range(3001, 3010))
-    before = len(runtime.classified)
+    before = len(runtime.looks)
     for frame in range(3010, 3040):
         late = dataclasses.replace(picture(frame), time_s=(frame - 3010) / 30)
         tracker.remember(tracker.step([stream], [late]))
-    assert len(runtime.classified) >= before + 4
+    assert len(runtime.looks) >= before + 4
 
 
 def test_a_lost_object_that_catches_up_waits_for_no_class() -> None:
@@ -473,7 +553,7 @@ def test_a_lost_object_that_catches_up_waits_for_no_class() -> None:
 
 def test_objects_are_classified_in_turn_and_not_on_every_frame() -> None:
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=5, bank=BANK, class_interval_s=0.2))
+    tracker = Tracker(runtime, TrackerConfig(rows=5, bank=BANK, look_interval_s=0.2))
     stream = tracker.open_stream(BANK, 5)
     follow(tracker, stream, range(1))
     for object_id in range(1, 6):
@@ -481,8 +561,8 @@ def test_objects_are_classified_in_turn_and_not_on_every_frame() -> None:
     (step,) = tracker.step([stream], [picture(1)]).results
     assert {masklet.class_name for masklet in step.masklets} == {UNKNOWN_CLASS}
     follow(tracker, stream, range(2, 32))  # a second
-    assert max(runtime.classified) == MOST_CLASSIFIED
-    assert sum(runtime.classified) == pytest.approx(5 * 5, abs=5)
+    assert max(runtime.looks) == MOST_LOOKS
+    assert sum(runtime.looks) == pytest.approx(5 * 5, abs=5)
     known = {tracked.class_probabilities is not None for tracked in stream.objects.values()}
     assert known == {True}
 

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ from networks import TINY
 from trocar_engines.errors import TrocarError
 from trocar_engines.network import config as network_configs
 from trocar_engines.network.config import INSTRUMENT_CLASSES
-from trocar_engines.network.semantic import WINDOW
+from trocar_engines.network.semantic import TIP
+from trocar_engines.training.appearance import render_views
 from trocar_engines.training.clicks import farthest_point, next_click, training_boxes
 from trocar_engines.training.losses import LossWeights, dice_loss, focal_loss, soften
 from trocar_engines.training.sampling import ClipSamples, Mix, _add_look_alike, _mark, augment
 from trocar_engines.training.store import StoredClip, open_store, render_store
 from trocar_engines.training.train import NaNLossError, Stage, TrainConfig, _Run, train
-from trocar_engines.training.windows import open_windows, render_window_store, render_windows
+from trocar_engines.training.windows import fill_store, open_windows, render_windows
 
 
 def disc(size: int, x: int, y: int, radius: int) -> np.ndarray:
@@ -132,27 +135,32 @@ def test_stopped_training_resumes_to_the_same_weights(tiny_training: TrainConfig
 
 @pytest.fixture(scope="session")
 def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of both heads."""
     folder = tmp_path_factory.mktemp("windows")
-    render_window_store(folder, size_px=TINY.input_size_px, grounds=2, workers=1, on_ground=lambda: None)
+    for render in (render_windows, render_views):
+        fill_store(render, folder, size_px=TINY.input_size_px, grounds=2, workers=1, on_ground=lambda: None)
     return folder
 
 
-def test_windows_are_rendered_once_and_the_same(windows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("render", [render_windows, render_views])
+def test_windows_are_rendered_once_and_the_same(
+    render: Callable[[Path, int, int], Path], windows: Path, tmp_path: Path
+) -> None:
     size_px = TINY.input_size_px
     stored = sorted(windows.iterdir())
     times = [path.stat().st_mtime_ns for path in stored]
     done: list[None] = []
-    render_window_store(windows, size_px=size_px, grounds=2, workers=1, on_ground=lambda: done.append(None))
+    fill_store(render, windows, size_px=size_px, grounds=2, workers=1, on_ground=lambda: done.append(None))
     assert len(done) == 2
     assert [path.stat().st_mtime_ns for path in sorted(windows.iterdir())] == times
-    again = np.load(render_windows(tmp_path, size_px, 1))
-    for name, values in np.load(stored[1]).items():
-        np.testing.assert_array_equal(again[name], values)
+    again = render(tmp_path, size_px, 1)
+    for name, values in np.load(windows / again.name).items():
+        np.testing.assert_array_equal(np.load(again)[name], values)
 
 
 def test_windows_that_other_code_rendered_are_left_alone(windows: Path, tmp_path: Path) -> None:
     size_px = TINY.input_size_px
-    stored = next(windows.iterdir())
+    stored = next(windows.glob("windows-*"))
     (tmp_path / stored.name).write_bytes(stored.read_bytes())
     assert open_windows(tmp_path, size_px) is not None
     (tmp_path / stored.name).rename(tmp_path / f"windows-00000000-{size_px}-000000.npz")
@@ -163,25 +171,30 @@ def test_windows_show_every_kind_of_instrument_and_tissue(windows: Path) -> None
     found = open_windows(windows, TINY.input_size_px)
     assert found is not None
     assert set(found.classes.tolist()) == set(range(len(INSTRUMENT_CLASSES)))
-    assert found.seen.shape[1:] == (4, *WINDOW)
+    assert found.seen.shape[1:] == (4, TIP.along, TIP.across)
     assert (found.seen[:, 0] > 0).any(dim=2).any(dim=1).all(), "a window is on an object"
 
 
-def test_only_the_semantic_head_learns_from_windows(tiny_training: TrainConfig, windows: Path) -> None:
-    run = _Run(dataclasses.replace(tiny_training, only_classes=True, windows=windows))
+@pytest.mark.parametrize(("only", "name"), [("classes", "semantic_head"), ("appearance", "appearance_head")])
+def test_only_the_head_learns_from_windows(
+    only: Literal["classes", "appearance"], name: str, tiny_training: TrainConfig, windows: Path
+) -> None:
+    run = _Run(dataclasses.replace(tiny_training, only=only, windows=windows))
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
     for batch in run.batches():
         run.advance(batch)
     changed = {
         name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])
     }
-    head = run.network.semantic_head
-    memory = {name for name, _ in head.named_parameters(prefix="semantic_head") if "_memory" in name}
-    assert changed == {name for name, _ in head.named_parameters(prefix="semantic_head")} - memory
+    learnt = {one for one, _ in run.network.named_parameters() if one.startswith(name)}
+    assert changed == {one for one in learnt if "_memory" not in one}
 
 
-def test_classes_learn_from_windows_and_resume(tiny_training: TrainConfig, windows: Path) -> None:
-    whole = dataclasses.replace(tiny_training, only_classes=True, windows=windows, steps=24, save_every=12)
+@pytest.mark.parametrize("only", ["classes", "appearance"])
+def test_heads_learn_from_windows_and_resume(
+    only: Literal["classes", "appearance"], tiny_training: TrainConfig, windows: Path
+) -> None:
+    whole = dataclasses.replace(tiny_training, only=only, windows=windows, steps=24, save_every=12)
     halved = dataclasses.replace(whole, out=tiny_training.out / "halved")
     run = _Run(whole)
     losses = [run.advance(batch)["loss"] for batch in run.batches()]
@@ -198,11 +211,14 @@ def test_classes_learn_from_windows_and_resume(tiny_training: TrainConfig, windo
         torch.testing.assert_close(value, run.network.state_dict()[name], atol=0, rtol=0, msg=name)
 
 
-def test_classes_without_windows_or_head_are_refused(tiny_training: TrainConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(tiny_training, only_classes=True, windows=tmp_path)
-    with pytest.raises(TrocarError, match="holds no rendered window"):
+@pytest.mark.parametrize("only", ["classes", "appearance"])
+def test_heads_without_windows_or_network_are_refused(
+    only: Literal["classes", "appearance"], tiny_training: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_training, only=only, windows=tmp_path)
+    with pytest.raises(TrocarError, match="holds no rendered"):
         list(_Run(config).batches())
-    with pytest.raises(TrocarError, match="knows no classes"):
+    with pytest.raises(TrocarError, match=f"no head for {only}"):
         _Run(dataclasses.replace(config, model="sam2.1-hiera-tiny-512"))
 
 

@@ -19,6 +19,7 @@ ISLANDS = (
     "readout.",
     "readout_presence",
     "semantic_head.",
+    "appearance_head.",
     "obj_ptr_tpos_proj",
     "sam_mask_decoder.output_hypernetworks_mlps.",
     "sam_mask_decoder.iou_prediction_head.",

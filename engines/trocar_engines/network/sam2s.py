@@ -3,7 +3,7 @@
 One method per stage of a frame's way, each a pure function of its tensors with static shapes, so that eager
 PyTorch, ONNX Runtime and TensorRT run the same graph:
 
-    encode_image ─ attend_memory ─ decode_masks ─ encode_memory ─ classify
+    encode_image ─ attend_memory ─ decode_masks ─ encode_memory ─ recognise
 
 Built from the modules of the sam2 package (arXiv 2408.00714), with that package's parameter names, so that
 official SAM 2.1 checkpoints load as they are. What the reference predictor keeps in dictionaries that grow,
@@ -22,6 +22,7 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_utils import MLP, LayerNorm2d
 from torch import Tensor, nn
 
+from trocar_engines.network.appearance import AppearanceHead
 from trocar_engines.network.attention import SlotMemoryAttention, local_attention_start, sine_position
 from trocar_engines.network.config import ConvTrunkConfig, HieraConfig, NetworkConfig
 from trocar_engines.network.decoder import BatchedMaskDecoder, Candidates, draw
@@ -113,6 +114,18 @@ class Decoded(NamedTuple):
     pointer: Tensor
 
 
+class Recognition(NamedTuple):
+    """What B objects look like.
+
+    Args:
+        class_logits: [B, K].
+        descriptor: [B, `DESCRIPTOR_DIM`] unit vectors, see `appearance.AppearanceHead`.
+    """
+
+    class_logits: Tensor
+    descriptor: Tensor
+
+
 class AllMasks(NamedTuple):
     """Every candidate of the mask decoder, for training: single mask first, then the three of a multimask.
 
@@ -196,6 +209,7 @@ class SAM2S(nn.Module):
             nn.init.zeros_(self.readout_presence.weight)
         if config.classes:
             self.semantic_head = SemanticHead(d_model=d_model, d_memory=d_memory, classes=config.classes)
+            self.appearance_head = AppearanceHead()
         picture_position = PositionEmbeddingSine(num_pos_feats=d_model, normalize=True)
         memory_position = PositionEmbeddingSine(num_pos_feats=d_memory, normalize=True)
         grid = torch.zeros(1, 1, size, size)
@@ -327,20 +341,20 @@ class SAM2S(nn.Module):
             return self.no_obj_ptr[:, :0].expand(batch, -1)
         return self.semantic_head.without_memory(batch)
 
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        """What kinds of objects lie under the masks; only of a network with a semantic head.
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        """What lies under the masks, by kind and by appearance; only of a network that knows classes.
 
-        A stage of its own, for a class does not change sixty times a second.
+        A stage of its own, for neither changes sixty times a second.
 
         Args:
             class_token: [B, C] from `attend_memory`, or `without_class_memory`.
             pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
             mask_logits: [B, 4h, 4w] of the objects in it.
-
-        Returns:
-            class logits [B, K].
         """
-        return self.semantic_head(class_token, self._normalised(pixels), mask_logits)  # type: ignore[no-any-return]
+        picture = self._normalised(pixels)
+        return Recognition(
+            self.semantic_head(class_token, picture, mask_logits), self.appearance_head(picture, mask_logits)
+        )
 
     def decode_all(
         self,

@@ -13,24 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from trocar_engines.network.attention import attend
+from trocar_engines.network.window import WIDEST, Window, find_pose, look_through
 
 LOGIT_SCALE = 10.0
 """Fixed scale of the cosine similarities. CLIP (arXiv 2103.00020) and SAM2S take 100 for text embeddings,
 which lie close together; against orthonormal vectors that is sure of everything, and nothing was learnt."""
 WIDTHS = (32, 48, 64, 96)
 """Channels of the look through the window, whose sides each but the first halves."""
-WINDOW = (40, 24)
-"""Points of the window along the object and across it."""
-BEHIND, BEYOND, ASIDE = 4.0, 1.75, 2.0
-"""How far the window reaches back along the object from its tip, beyond it and to each side, in widths. A
-tracked mask lacks thin jaws: they lie beyond."""
-NARROWEST, WIDEST = 1.0, 16.0
-"""Limits of an object's width, in points at stride 4."""
-INSIDE = 2.5
-"""An end of an object so many points from the picture's border lies in the picture."""
-END_DEPTH = 2.0
-"""So many points along an object count as its end."""
-EPSILON = 1e-6
+TIP = Window(along=40, across=24, behind=4.0, beyond=1.75, aside=2.0)
+"""On the tip. A tracked mask lacks thin jaws: they lie beyond."""
 
 
 def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
@@ -48,89 +39,20 @@ def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:
 
 
 def view_of_object(mask_logits: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
-    """What lies in a window on each object's tip, turned so that the object comes in from one end.
-
-    Of the two ends of the mask's longest axis the tip is the one further from the picture's border or, where
-    the object reaches from border to border, the slimmer one; the width is the area over the distance between
-    them.
+    """What lies in `TIP` on each object, turned so that the object comes in from one end.
 
     Args:
         mask_logits: [B, 4h, 4w].
         picture: [B, 3, S, S] normalised, of any size.
 
     Returns:
-        [B, 4, *WINDOW]: the mask, -1 to 1, and the picture; and [B, 2] width over `WIDEST`, length over the
-        picture's side.
+        [B, 4, along, across]: the mask, -1 to 1, and the picture; and [B, 2] width over `WIDEST`, length over
+        the picture's side.
     """
-    mask_logits = mask_logits.float()
-    side = mask_logits.shape[-1]
-    ticks = torch.arange(side, device=mask_logits.device).float() + 0.5
-    y, x = torch.meshgrid(ticks, ticks, indexing="ij")
-    is_on = (mask_logits > 0).to(x.dtype)
-    area = is_on.sum((1, 2)).clamp(min=1.0)  # less only of an empty mask
-    end_x, end_y = _find_ends(is_on, x, y, area)
-    length = ((end_x[:, 0] - end_x[:, 1]).square() + (end_y[:, 0] - end_y[:, 1]).square()).sqrt()
-    length = length.clamp(min=2 * NARROWEST)
-    width = (area / length).clamp(NARROWEST, WIDEST)
-    inside = torch.minimum(torch.minimum(end_x, side - end_x), torch.minimum(end_y, side - end_y))
-    apart = (x - end_x.view(-1, 2, 1, 1)).square() + (y - end_y.view(-1, 2, 1, 1)).square()
-    fullness = ((apart <= width.square().view(-1, 1, 1, 1)) * is_on.unsqueeze(1)).sum((2, 3))
-    is_crossing = inside.amax(1) < INSIDE
-    is_slimmer, is_further_in = fullness[:, 1] < fullness[:, 0], inside[:, 1] > inside[:, 0]
-    is_last = (is_crossing & is_slimmer) | (~is_crossing & is_further_in)
-    tip_x, tip_y = (torch.where(is_last, of_end[:, 1], of_end[:, 0]) for of_end in (end_x, end_y))
-    from_x, from_y = (torch.where(is_last, of_end[:, 0], of_end[:, 1]) for of_end in (end_x, end_y))
-    ahead_x, ahead_y = (tip_x - from_x) / length, (tip_y - from_y) / length
-    steps = [(torch.arange(count, device=x.device).float() + 0.5) / count for count in WINDOW]
-    along, across = torch.meshgrid(
-        steps[0] * (BEHIND + BEYOND) - BEHIND, (2 * steps[1] - 1) * ASIDE, indexing="ij"
-    )
-    tip_x, tip_y, ahead_x, ahead_y, wide = (
-        of_each.view(-1, 1, 1) for of_each in (tip_x, tip_y, ahead_x, ahead_y, width)
-    )
-    points = torch.stack(
-        [
-            tip_x + wide * (along * ahead_x - across * ahead_y),
-            tip_y + wide * (along * ahead_y + across * ahead_x),
-        ],
-        dim=3,
-    )
-    grid = 2 * points / side - 1
-    mask = 2 * mask_logits.sigmoid().unsqueeze(1) - 1
-    seen = [
-        nn.functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        for maps in (mask, picture.float())
-    ]
-    return torch.cat(seen, dim=1), torch.stack([width / WIDEST, length / side], dim=1)
-
-
-def _find_ends(is_on: Tensor, x: Tensor, y: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
-    """The two ends of each mask along its longest axis, x [B, 2] and y [B, 2].
-
-    Args:
-        is_on: [B, H, W], 1 on the mask and 0 elsewhere.
-        x: [H, W], and `y`, where the points lie.
-        area: [B], of the mask.
-    """
-
-    def mean(values: Tensor) -> Tensor:
-        return ((is_on * values).sum((1, 2)) / area).view(-1, 1, 1)
-
-    from_x, from_y = x - mean(x), y - mean(y)
-    spread_x, spread_y, both = mean(from_x.square()), mean(from_y.square()), mean(from_x * from_y)
-    difference = spread_x - spread_y
-    double_cos = difference / (difference.square() + 4 * both.square()).sqrt().clamp(min=EPSILON)
-    cos, sin = ((1 + double_cos).clamp(min=0) / 2).sqrt(), ((1 - double_cos).clamp(min=0) / 2).sqrt()
-    along = cos * from_x + torch.where(both < 0, -sin, sin) * from_y
-    ends = []
-    for sign in (-1.0, 1.0):
-        reach = torch.where(is_on > 0, sign * along, -torch.inf).amax((1, 2), keepdim=True)
-        # Where the outermost points lie on the whole: of two jaws, between them.
-        is_end = is_on * (sign * along >= reach - END_DEPTH)
-        count = is_end.sum((1, 2)).clamp(min=1.0)
-        ends.append([(is_end * axis).sum((1, 2)) / count for axis in (x, y)])
-    end_x, end_y = (torch.stack(of_both, dim=1) for of_both in zip(*ends, strict=True))
-    return end_x, end_y
+    pose, side = find_pose(mask_logits), mask_logits.shape[-1]
+    mask = 2 * mask_logits.float().sigmoid().unsqueeze(1) - 1
+    seen = [look_through(TIP, pose, maps, side=side) for maps in (mask, picture.float())]
+    return torch.cat(seen, dim=1), torch.stack([pose.width / WIDEST, pose.length / side], dim=1)
 
 
 class SemanticHead(nn.Module):
@@ -152,7 +74,7 @@ class SemanticHead(nn.Module):
         for parameter in self.from_memory.parameters():
             nn.init.zeros_(parameter)  # says nothing until it has learnt to
         layers = [_layer(4, WIDTHS[0], 1), *(_layer(*pair, 2) for pair in itertools.pairwise(WIDTHS))]
-        places = math.prod(side // 2 ** (len(WIDTHS) - 1) for side in WINDOW)
+        places = math.prod(side // 2 ** (len(WIDTHS) - 1) for side in (TIP.along, TIP.across))
         self.look = nn.Sequential(
             *itertools.chain.from_iterable(layers),
             nn.Flatten(),

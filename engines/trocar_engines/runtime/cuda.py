@@ -24,6 +24,7 @@ from trocar_engines.network.sam2s import (
     ImageFeatures,
     MemoryView,
     PromptTensors,
+    Recognition,
 )
 from trocar_engines.runtime.clock import DeviceClock, HostClock, StageClock
 
@@ -253,9 +254,10 @@ class CudaRuntime:
         return spatial, prototypes
 
     @torch.inference_mode()
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        """See `Runtime.classify`; some times a second for an object, so it is not captured."""
-        return self.network.classify(class_token, pixels.to(self.device), mask_logits).float().cpu()
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        """See `Runtime.recognise`; some times a second for an object, so it is not captured."""
+        seen = self.network.recognise(class_token, pixels.to(self.device), mask_logits)
+        return Recognition(*(values.float().cpu() for values in seen))
 
     @torch.inference_mode()
     def without_memory(self, embedding: Tensor) -> Tensor:

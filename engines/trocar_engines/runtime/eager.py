@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors, Recognition
 from trocar_engines.runtime.clock import HostClock
 
 
@@ -54,9 +54,9 @@ class EagerRuntime:
             features.embedding, features.keys, mask_logits, presence_logit, is_prompted
         )
 
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        """See `Runtime.classify`."""
-        return self.network.classify(class_token, pixels, mask_logits)
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        """See `Runtime.recognise`."""
+        return self.network.recognise(class_token, pixels, mask_logits)
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """See `Runtime.without_memory`."""

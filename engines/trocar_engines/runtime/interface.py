@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trocar_engines.network.config import NetworkConfig
-from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors, Recognition
 from trocar_engines.runtime.clock import StageClock
 
 
@@ -51,8 +51,8 @@ class Runtime(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Spatial memory and prototypes of a frame."""
 
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        """Class logits of objects in uint8 pictures, in float32 on the host; waits for the device."""
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        """What objects in uint8 pictures look like, in float32 on the host; waits for the device."""
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """Embedding of a frame on which an object begins."""

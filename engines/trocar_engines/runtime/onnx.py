@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trocar_engines.export import engine_folder, export_stages
-from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors
+from trocar_engines.network.sam2s import SAM2S, Decoded, ImageFeatures, MemoryView, PromptTensors, Recognition
 from trocar_engines.runtime.clock import HostClock
 
 Array = npt.NDArray[Any]
@@ -127,10 +127,9 @@ class OnnxRuntime:
         )
         return spatial, prototypes
 
-    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
-        """See `Runtime.classify`."""
-        [logits] = self._run("classify", class_token, pixels, mask_logits)
-        return logits
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        """See `Runtime.recognise`."""
+        return Recognition(*self._run("recognise", class_token, pixels, mask_logits))
 
     def without_memory(self, embedding: Tensor) -> Tensor:
         """See `Runtime.without_memory`."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -19,15 +19,23 @@ from trocar_engines.errors import TrocarError
 from trocar_engines.network.config import NetworkConfig, network_config
 from trocar_engines.network.sam2s import SAM2S
 from trocar_engines.network.weights import load_state, save_weights
+from trocar_engines.training.appearance import (
+    Views,
+    ViewSamples,
+    appearance_loss,
+    collate_views,
+    open_views,
+)
 from trocar_engines.training.episode import run_episode
 from trocar_engines.training.losses import LossWeights
 from trocar_engines.training.sampling import ClipSamples, Mix, Sample, collate
-from trocar_engines.training.store import load_davis, open_store
+from trocar_engines.training.store import StoredClip, load_davis, open_store
 from trocar_engines.training.windows import Windows, WindowSamples, collate_windows, open_windows
 
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 WINDOWS_A_STEP = 128
+GROUNDS_A_STEP = 12
 LABEL_SMOOTHING = 0.02
 """Of classes: some windows show nothing that tells them."""
 LOG_EVERY = 20
@@ -72,9 +80,9 @@ class TrainConfig:
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
         start_from: weights to begin with instead of random ones.
-        only_classes: only the semantic head learns, from `windows` instead of clips; the rest of the network
-            stays as it is, normalisation included.
-        windows: folder of rendered windows, see `windows.render_window_store`.
+        only: "classes" or "appearance": only that head learns, from `windows` instead of clips; the rest of
+            the network stays as it is, normalisation included.
+        windows: folder of what that head sees, rendered by `windows.fill_store`.
     """
 
     model: str = "sam2s-nano"
@@ -95,7 +103,7 @@ class TrainConfig:
     save_every: int = 200
     device: str = "cpu"
     start_from: Path | None = None
-    only_classes: bool = False
+    only: Literal["", "classes", "appearance"] = ""
     windows: Path = Path("runs/windows")
 
 
@@ -180,11 +188,13 @@ class _Run:
         self.size_px = size_px
         network = SAM2S(shape).to(self.config.device).train()
         network.image_encoder.to(memory_format=torch.channels_last)
-        if self.config.only_classes:
+        if self.config.only:
             if not shape.classes:
-                raise TrocarError(f"{self.config.model} has no semantic head: it knows no classes")
+                raise TrocarError(f"{self.config.model} has no head for {self.config.only}")
             network.eval().requires_grad_(False)
-            network.semantic_head.train().requires_grad_(True)
+            is_classes = self.config.only == "classes"
+            head = network.semantic_head if is_classes else network.appearance_head
+            head.train().requires_grad_(True)
         return network
 
     def _optimiser(self) -> torch.optim.Optimizer:
@@ -224,10 +234,10 @@ class _Run:
         partial.replace(self.checkpoint_path)
         save_weights(self.weights_path, self.average, self.config.model)
 
-    def batches(self) -> Iterator[Sample | Windows]:
+    def batches(self) -> Iterator[Sample | Windows | Views]:
         """What is left of every stage; moves the network to the stage's resolution."""
-        if self.config.only_classes:
-            yield from self._window_loader()
+        if self.config.only:
+            yield from self._window_loader() if self.config.only == "classes" else self._view_loader()
             return
         ends = np.cumsum([stage.share for stage in self.config.stages])
         ends = np.round(ends / ends[-1] * self.config.steps).astype(int)
@@ -253,10 +263,9 @@ class _Run:
             raise TrocarError(
                 f"{self.config.clips}: holds no rendered clip; run `trocar train --render` first"
             )
-        real = [clip for folder in self.config.real for clip in load_davis(folder, 256)]
         samples = ClipSamples(
             synthetic,
-            real,
+            self._real_clips(),
             frames=stage.frames,
             objects=self.config.objects,
             size_px=stage.size_px,
@@ -284,15 +293,39 @@ class _Run:
         left = Subset(samples, range(self.step * WINDOWS_A_STEP, len(samples)))
         return DataLoader(left, batch_size=WINDOWS_A_STEP, collate_fn=collate_windows)
 
+    def _view_loader(self) -> DataLoader[Views]:
+        config, size_px = self.config, network_config(self.config.model).input_size_px
+        grounds = open_views(config.windows, size_px)
+        if not grounds:
+            raise TrocarError(f"{config.windows}: holds no rendered view")
+        samples = ViewSamples(
+            grounds=grounds,
+            clips=open_store(config.clips, size_px) + self._real_clips(),
+            count=config.steps * GROUNDS_A_STEP,
+            seed=config.seed,
+        )
+        left = Subset(samples, range(self.step * GROUNDS_A_STEP, len(samples)))
+        return DataLoader(left, batch_size=GROUNDS_A_STEP, collate_fn=collate_views)
+
+    def _real_clips(self) -> list[StoredClip]:
+        size_px = network_config(self.config.model).input_size_px
+        return [clip for folder in self.config.real for clip in load_davis(folder, size_px)]
+
     def _rate(self) -> float:
         """Warm-up over 2% of the steps, then half a cosine to 1%."""
         progress = self.step / self.config.steps
         warm = min(1.0, progress / 0.02 + 1e-3)
         return self.config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def advance(self, batch: Sample | Windows) -> dict[str, float]:
+    def advance(self, batch: Sample | Windows | Views) -> dict[str, float]:
         """One optimiser step; the parts of its loss."""
-        loss, parts = self._judge(batch) if isinstance(batch, Windows) else self._track(batch)
+        match batch:
+            case Windows():
+                loss, parts = self._judge(batch)
+            case Views():
+                loss, parts = self._compare(batch)
+            case Sample():
+                loss, parts = self._track(batch)
         if not torch.isfinite(loss):
             raise NaNLossError(
                 f"step {self.step}, seed {self.config.seed}: loss is {float(loss.detach())}; not saved"
@@ -323,6 +356,11 @@ class _Run:
         loss = torch.nn.functional.cross_entropy(logits, classes, label_smoothing=LABEL_SMOOTHING)
         is_right = logits.detach().argmax(1) == classes
         return loss, {"right": float(is_right.float().mean())}
+
+    def _compare(self, batch: Views) -> tuple[torch.Tensor, dict[str, float]]:
+        views = Views(*(values.to(self.config.device) for values in batch))
+        torch.manual_seed(self.config.seed + self.step)
+        return appearance_loss(self.network.appearance_head.describe(views.seen), views), {}
 
     @torch.no_grad()
     def _update_average(self) -> None:

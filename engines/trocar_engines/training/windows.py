@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trocar_engines.network import semantic
+from trocar_engines.network import semantic, window
 from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.semantic import view_of_object
@@ -61,29 +61,38 @@ class Windows(NamedTuple):
 def render_windows(folder: Path, size_px: int, index: int) -> Path:
     """Render the windows of one ground into `folder` unless they are there; returns their path."""
     path = folder / f"windows-{_identify()}-{size_px}-{index:06d}.npz"
-    if path.exists():
-        return path
-    torch.set_num_threads(1)
-    windows = _draw_windows(size_px, FIRST_SEED + index)
-    partial_path = path.with_suffix(".part")
-    with partial_path.open("wb") as file:
-        np.savez(
-            file,
-            seen=windows.seen.half().numpy(),
-            shape=windows.shape.numpy(),
-            classes=windows.classes.numpy().astype(np.int8),
-        )
-    partial_path.rename(path)
+    if not path.exists():
+        torch.set_num_threads(1)
+        seen, shape, classes = _draw_windows(size_px, FIRST_SEED + index)
+        write_arrays(path, seen=seen.half(), shape=shape, classes=classes.to(torch.int8))
     return path
 
 
-def render_window_store(
-    folder: Path, *, size_px: int, grounds: int, workers: int, on_ground: Callable[[], None]
+def write_arrays(path: Path, **arrays: Tensor) -> None:
+    """Write tensors to an npz file; a run that is stopped leaves no half file behind."""
+    partial_path = path.with_suffix(".part")
+    with partial_path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{name: values.numpy() for name, values in arrays.items()})
+    partial_path.rename(path)
+
+
+def fill_store(
+    render: Callable[[Path, int, int], Path],
+    folder: Path,
+    *,
+    size_px: int,
+    grounds: int,
+    workers: int,
+    on_ground: Callable[[], None],
 ) -> None:
-    """Render what is missing of the first `grounds` grounds; `on_ground` is called after each."""
+    """Render what is missing of the first `grounds` grounds; `on_ground` is called after each.
+
+    Args:
+        render: `render_windows`, or `appearance.render_views`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
-        for _ in pool.map(partial(render_windows, folder, size_px), range(grounds), chunksize=4):
+        for _ in pool.map(partial(render, folder, size_px), range(grounds), chunksize=4):
             on_ground()
 
 
@@ -101,7 +110,7 @@ def open_windows(folder: Path, size_px: int) -> Windows | None:
 @cache
 def _identify() -> str:
     """Hash of the code that renders and looks: windows of another view would teach another head."""
-    return identify_renderer(Path(str(semantic.__file__)), Path(__file__))
+    return identify_renderer(*(Path(str(file)) for file in (semantic.__file__, window.__file__, __file__)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +134,7 @@ class WindowSamples(Dataset[Windows]):
         rng = np.random.default_rng([self.seed, index])
         chosen = int(rng.integers(len(self.windows.classes)))
         seen, shape, classes = (values[chosen] for values in self.windows)
-        return Windows(_change(rng, seen.float()), shape * (1 + 0.1 * _normal(rng, 2)), classes)
+        return Windows(_change(rng, seen.float()), shape * (1 + 0.1 * normal(rng, 2)), classes)
 
 
 def collate_windows(samples: list[Windows]) -> Windows:
@@ -146,15 +155,16 @@ def _change(rng: np.random.Generator, seen: Tensor) -> Tensor:
         moved = torch.nn.functional.grid_sample(seen[None], grid, padding_mode="border", align_corners=False)
         seen = moved[0]
     if rng.random() < 0.5:
-        gain, offset = 1 + 0.2 * _normal(rng, 3, 1, 1), 0.25 * _normal(rng, 3, 1, 1)
+        gain, offset = 1 + 0.2 * normal(rng, 3, 1, 1), 0.25 * normal(rng, 3, 1, 1)
         picture = seen[1:] * gain + offset
         if rng.random() < 0.3:
-            picture = picture + 0.15 * _normal(rng, *picture.shape)
+            picture = picture + 0.15 * normal(rng, *picture.shape)
         seen = torch.cat([seen[:1], picture])
     return seen
 
 
-def _normal(rng: np.random.Generator, *shape: int) -> Tensor:
+def normal(rng: np.random.Generator, *shape: int) -> Tensor:
+    """Standard normal float32 [*shape]."""
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
@@ -171,7 +181,7 @@ def _draw_windows(size_px: int, seed: int) -> Windows:
         image, labels = scene.render(int(rng.uniform(0, LONGEST_S)))
         classes = torch.tensor([INSTRUMENT_CLASSES.index(name) for name in scene.classes])
         masks = torch.stack([(labels == object_id).float() for object_id in range(1, len(classes) + 1)])
-        logits = _roughen(rng, masks)
+        logits = roughen(rng, masks)
         # A tracker asks only what it is that it has found.
         is_found = (masks.flatten(1).sum(1) >= FEWEST_PIXELS) & (logits > 0).flatten(1).any(1)
         picture = (image.float().permute(2, 0, 1)[None] - mean) / std
@@ -203,7 +213,7 @@ def _draw_cast(rng: np.random.Generator, palette: Palette, *, has_structures: bo
     return Cast(palette, camera, draw_optics(rng), tuple(players), shown)
 
 
-def _roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
+def roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
     """Logits at stride 4 of true masks [B, S, S]: some as they are, most as a tracker has them."""
     if rng.random() < 0.6:
         # Thin jaws, hooks and points are what a tracker's mask lacks.
@@ -218,7 +228,7 @@ def _roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
         kernel = torch.outer(kernel, kernel)
         share = torch.nn.functional.conv2d(share, (kernel / kernel.sum()).view(1, 1, 9, 9), padding=4)
         waves = torch.nn.functional.interpolate(
-            _normal(rng, len(masks), 1, 10, 10), share.shape[2:], mode="bilinear", align_corners=False
+            normal(rng, len(masks), 1, 10, 10), share.shape[2:], mode="bilinear", align_corners=False
         )
         # Where the mask is unsure, its outline wanders; and all of it is a little too large or too small.
         share = share + rng.uniform(0.0, 1.0) * waves * share * (1 - share) + rng.normal(0, 0.08)
