@@ -28,7 +28,7 @@ cores that are busy our own camera wakes up late, which no real one does; "sourc
 What bounds the figures:
 
 - One thread owns the device. Per frame it spends encode_image + attend_memory + decode_masks + readback
-  before the reply and write_memory after it, in which some times a second an object is classified. "device"
+  before the reply and write_memory after it, in which some times a second an object is looked at. "device"
   is the sum of their medians; a tick of that thread, and so one stream, cannot be faster than 1000 / device a
   second.
 - "between stages" is service latency that no stage accounts for: hops between threads, and waiting for the

@@ -1,6 +1,6 @@
 """The straight line from pictures to masklets, for many objects of many streams at once.
 
-encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory ─ classify
+encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory ─ recognise
 """
 
 import itertools
@@ -42,7 +42,7 @@ ABSENT_DISPLAY_LOGIT = -32.0
 MOST_CATCH_UP_FRAMES = 8
 """Kept frames through which an object prompted in the past is brought to the present, evenly spaced."""
 CLASS_MEMORY = 0.8
-"""Share of the past in what is known of an object's class, each time it is classified."""
+"""Share of the past in what is known of an object's class, at each look."""
 CLASS_FLOOR = 1e-3
 """Added to probabilities before their logarithm: one look that is sure of a mistake rules nothing out."""
 CLASS_SHARPNESS = 1.5
@@ -134,10 +134,11 @@ class TrackedObject:
         behind: kept frames that it still has to pass through to reach the present, each with the number of
             frames since the one before; it has no masklets meanwhile.
         missed: frames that came meanwhile.
-        is_doubted: something was found on the last frame that is not believed to be the object; it is not
-            shown, and forgotten unless later looks speak for it.
+        is_doubted: what was found last is not believed to be the object; it is not shown, and forgotten
+            unless later looks speak for it.
         is_lost: on the last frame it had not been seen for long.
-        was_away: it was lost or doubted since a person pointed at it.
+        was_away: it was out of sight or doubted since a person pointed at it.
+        doubted_from_s: what was remembered from then on may be of another thing.
         class_evidence: running mean of the log probabilities of what the object looked like, float32 [K];
             None until then.
         gallery: what the object looked like.
@@ -145,7 +146,7 @@ class TrackedObject:
         likeness: of what is found now to the object's gallery, a running mean over the looks at it; None
             before the first.
         looked_at_s: when it was looked at last; `found_at_s`, when anything was found last, and
-            `alike_at_s`, when what was found looked like the object.
+            `prompted_at_s`, the time of the latest prompted frame.
     """
 
     object_id: int
@@ -160,6 +161,7 @@ class TrackedObject:
     is_doubted: bool = False
     is_lost: bool = False
     was_away: bool = False
+    doubted_from_s: float = math.inf
     seen_at_s: float = 0.0
     frames_since_seen: int = 0
     class_evidence: Float32Array | None = None
@@ -168,7 +170,7 @@ class TrackedObject:
     likeness: float | None = None
     looked_at_s: float = -math.inf
     found_at_s: float = -math.inf
-    alike_at_s: float = -math.inf
+    prompted_at_s: float = -math.inf
 
     @property
     def class_probabilities(self) -> Float32Array | None:
@@ -179,24 +181,20 @@ class TrackedObject:
         """What is found next may be another thing."""
         self.found_class, self.likeness, self.looked_at_s = None, None, -math.inf
 
-    def look(self, descriptor: Float32Array, time_s: float, *, is_sound: bool) -> None:
+    def look(self, descriptor: Float32Array, *, is_sound: bool) -> None:
         """Weigh how much what is found is like the object, and remember views that surely are its own.
 
         Until it was away for the first time, what is followed soundly is the object, however it changes.
         """
-        self.looked_at_s = time_s
         if not self.gallery.is_begun:
-            self.gallery.add(descriptor)
-            self.alike_at_s = time_s
+            if not self.is_doubted:
+                self.gallery.add(descriptor)
             return
         likeness = self.gallery.compare(descriptor)
         past = likeness if self.likeness is None else self.likeness
         self.likeness = LIKENESS_MEMORY * past + (1 - LIKENESS_MEMORY) * likeness
-        if self.is_doubted:
-            return
-        if self.likeness >= ALIKE:
-            self.alike_at_s = time_s
-        if likeness >= SURELY_ALIKE or (is_sound and not self.was_away):
+        is_own = likeness >= SURELY_ALIKE or (is_sound and not self.was_away)
+        if is_own and not self.is_doubted:
             self.gallery.add(descriptor)
 
 
@@ -250,6 +248,11 @@ class _Row:
     found_area: int = 0
 
     @property
+    def is_doubted(self) -> bool:
+        """Whether something is found that is not believed to be the object."""
+        return self.found_area > 0 and self.tracked.is_doubted
+
+    @property
     def facts(self) -> FrameFacts:
         """What decides whether the frame is remembered."""
         assert self.masklet is not None, "facts are known once the row is read back"
@@ -257,8 +260,8 @@ class _Row:
             time_s=self.frame.time_s,
             predicted_iou=self.masklet.predicted_iou,
             # What is followed and only just doubted goes on as it is until more looks tell.
-            is_present=self.masklet.state is ObjectState.VISIBLE or self.tracked.is_doubted,
-            is_trusted=self.frame.is_trusted and not (self.tracked.is_doubted and self.tracked.is_lost),
+            is_present=self.found_area > 0,
+            is_trusted=self.frame.is_trusted and not (self.is_doubted and self.tracked.is_lost),
             area=self.found_area,
             summary=self.frame.summary,
         )
@@ -394,8 +397,8 @@ class Tracker:
             clock.lap("decode_masks")
             for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
                 can_look = row.pixels is not None
+                row.found_area = read.found_area
                 row.masklet = self._masklet(row.tracked, read, row.frame, can_look=can_look)
-                row.found_area = mask_area(read.mask_logits) if read.presence_logit > 0 else 0
             batches.append(_Batch(batch, features, decoded, class_token))
             clock.lap("readback")
         return batches
@@ -433,7 +436,7 @@ class Tracker:
                     ]
             for row, fact, slot, is_due in zip(batch, facts, slots, due, strict=True):
                 if is_due:
-                    row.tracked.bank.consider(fact, slot)
+                    row.tracked.bank.consider(fact, None if row.is_doubted else slot)
             if self.network.classes:
                 self._recognise(batch, decoded, class_token)
         clock.lap("write_memory")
@@ -444,8 +447,7 @@ class Tracker:
             index
             for index, row in enumerate(rows)
             if row.pixels is not None
-            # What is small tells little, but what is doubted has no other way back.
-            and row.found_area >= (1 if row.tracked.is_doubted else LEAST_AREA)
+            and row.found_area
             and row.frame.is_trusted
             # Either way: a source that begins anew may begin its clock anew.
             and abs(row.frame.time_s - row.tracked.looked_at_s) >= self.config.look_interval_s
@@ -457,11 +459,13 @@ class Tracker:
         of_due = torch.from_numpy(np.stack(shown))
         seen = self.runtime.recognise(class_token[due], of_due, decoded.mask_logits[due])
         for index, of_one, descriptor in zip(due, *(values.numpy() for values in seen), strict=True):
-            tracked, likely = rows[index].tracked, _softmax(of_one)
-            tracked.found_class = likely
-            masklet = rows[index].masklet
-            is_sound = masklet is not None and masklet.predicted_iou >= SOUND_IOU
-            tracked.look(descriptor, rows[index].frame.time_s, is_sound=is_sound)
+            row, likely = rows[index], _softmax(of_one)
+            tracked, masklet = row.tracked, row.masklet
+            assert masklet is not None, "known once the row is read back"
+            tracked.found_class, tracked.looked_at_s = likely, row.frame.time_s
+            # What is small tells little, but what is doubted has no other way back.
+            if row.found_area >= LEAST_AREA or tracked.is_doubted:
+                tracked.look(descriptor, is_sound=masklet.predicted_iou >= SOUND_IOU)
             if tracked.is_doubted:
                 continue
             evidence = np.log(likely + CLASS_FLOOR)
@@ -667,11 +671,10 @@ class Tracker:
         }
         if is_new:
             tracked.class_evidence = None
-        if is_new or tracked.is_doubted or tracked.frames_since_seen:
-            # Whoever points knows better than what was remembered of its looks.
-            tracked.gallery = Gallery()
-            tracked.is_doubted = tracked.was_away = False
-            tracked.forget_found()
+        # Whoever points knows better than what was remembered of its looks.
+        tracked.gallery, tracked.prompted_at_s = Gallery(), frame.time_s
+        tracked.is_doubted = tracked.was_away = False
+        tracked.forget_found()
 
     def _masklet(
         self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool = True
@@ -679,24 +682,20 @@ class Tracker:
         """The masklet of an object on a frame; moves the object's state.
 
         Args:
-            can_look: the picture is at hand, so that what is found can be classified.
+            can_look: the picture is at hand, so that what is found can be looked at.
         """
-        is_found = read.presence_logit > 0 and bool((read.mask_logits > 0).any())
+        is_found = read.found_area > 0
         is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
-        # Two looks long a gap is a flicker.
-        if abs(frame.time_s - tracked.found_at_s) > 2 * self.config.look_interval_s:
-            tracked.forget_found()
         if is_found:
             tracked.found_at_s = frame.time_s
+        elif abs(frame.time_s - tracked.found_at_s) > 2 * self.config.look_interval_s:
+            # Longer than a flicker.
+            tracked.was_away = True
+            tracked.forget_found()
         is_recognised = is_found and self._is_recognised(
             tracked, read, must_prove=(is_lost or tracked.is_doubted) and can_look
         )
-        was_lost, tracked.is_lost = tracked.is_lost, is_lost
-        if tracked.is_doubted and is_lost and not was_lost:
-            # What was followed was another thing since it last looked like the object.
-            tracked.bank.roll_back(math.nextafter(tracked.alike_at_s, math.inf), tracked.bank.frame)
-        tracked.is_doubted = is_found and not is_recognised
-        tracked.was_away |= is_lost or tracked.is_doubted
+        self._doubt(tracked, frame.time_s, is_lost=is_lost, is_found=is_found, is_recognised=is_recognised)
         if is_recognised:
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             state = ObjectState.VISIBLE
@@ -705,7 +704,8 @@ class Tracker:
             state = ObjectState.LOST if is_lost else ObjectState.OCCLUDED
         is_present = read.presence_logit > 0 and not tracked.is_doubted
         logits = read.mask_logits if is_present else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
-        tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
+        if not (is_found and tracked.is_doubted):  # neither its mask nor none is a start for a correction
+            tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
         name, probability = self._class_of(tracked.class_probabilities)
         return Masklet(
             object_id=tracked.object_id,
@@ -717,6 +717,24 @@ class Tracker:
             class_probability=probability,
             frames_since_seen=tracked.frames_since_seen,
         )
+
+    def _doubt(
+        self, tracked: TrackedObject, time_s: float, *, is_lost: bool, is_found: bool, is_recognised: bool
+    ) -> None:
+        """Begin, keep or end the doubt in what is found; a flicker does not end it."""
+        if is_found and not is_recognised and not tracked.is_doubted:
+            tracked.is_doubted = tracked.was_away = True
+            # It took two looks to notice. What a person said stays.
+            noticed_s = time_s - 2 * self.config.look_interval_s
+            tracked.doubted_from_s = max(noticed_s, math.nextafter(tracked.prompted_at_s, math.inf))
+        elif is_recognised:
+            tracked.is_doubted = False
+        is_news = is_lost and not tracked.is_lost
+        tracked.is_lost = is_lost
+        if is_lost:
+            tracked.was_away = True
+        if tracked.is_doubted and is_news and tracked.doubted_from_s <= time_s:
+            tracked.bank.roll_back(tracked.doubted_from_s, tracked.bank.frame)
 
     def _is_recognised(self, tracked: TrackedObject, read: "_Readback", *, must_prove: bool) -> bool:
         """Whether what is found is the object: a look-alike must not inherit an identity.
@@ -741,7 +759,7 @@ class Tracker:
             probability = tracked.found_class[known.argmax()]
             if probability < LEAST_RETURN_PROBABILITY:
                 return False
-        return tracked.likeness is None or tracked.likeness >= ALIKE
+        return not tracked.gallery.is_begun or (tracked.likeness is not None and tracked.likeness >= ALIKE)
 
     def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
         if probabilities is None:
@@ -757,6 +775,11 @@ class _Readback:
     mask_logits: Float32Array
     predicted_iou: float
     presence_logit: float
+
+    @property
+    def found_area(self) -> int:
+        """Points of the mask, 0 where the object is absent."""
+        return mask_area(self.mask_logits) if self.presence_logit > 0 else 0
 
 
 def _read_back(decoded: Decoded) -> list[_Readback]:

@@ -102,3 +102,5 @@ def test_clips_join_the_grounds_and_twins_stay_out() -> None:
 def test_a_picture_without_objects_has_no_views() -> None:
     clip = StoredClip(np.zeros((2, 64, 64, 4), np.uint8), (), is_dense=False)
     assert not len(clip_views(np.random.default_rng(0), clip, 0).objects)
+    samples = ViewSamples(grounds=[draw_views(128, 0)], clips=[clip], count=20, seed=0)
+    assert min(len(samples[index].objects) for index in range(12)) == 0

@@ -32,3 +32,11 @@ def test_likeness_is_that_of_the_nearest_views() -> None:
     assert gallery.is_begun
     assert gallery.compare(view(0.0)) == pytest.approx(1.0)
     assert gallery.compare(view(math.pi)) == pytest.approx(-1 / 3, abs=1e-6)
+
+
+def test_first_views_stay_among_views_that_have_nothing_in_common() -> None:
+    gallery = Gallery()
+    axes = np.eye(MOST_VIEWS + 3, dtype=np.float32)
+    for axis in axes:
+        gallery.add(axis)
+    np.testing.assert_array_equal(np.stack(gallery.views[:FIRST_VIEWS]), axes[:FIRST_VIEWS])

@@ -241,8 +241,8 @@ class MemoryBank:
 
         Args:
             time_s: presentation time of the frame that turned out wrong.
-            frame: the value of `self.frame` then; None, for a frame that the object skipped while it caught
-                up, takes the one after what is still remembered.
+            frame: the count of frames to go on from; None, for a frame that the object skipped while it
+                caught up, takes the one after what is still remembered.
         """
         assert self._conditioning_summary is not None
         for ring in (self.recent, self.long_term, self.corrections, self._recent_pointers):
@@ -252,7 +252,9 @@ class MemoryBank:
         self._members = {slot: self._members[slot] for slot in self.long_term.filled()}
         kept = [member.summary for member in self._members.values()]
         self.run.start_anew(kept[-1] if kept else self._conditioning_summary)
-        self.latest_slot, self.absent_slot = 0, None
+        kept_slots = self.recent.times | self.corrections.times
+        self.latest_slot = max(kept_slots, key=lambda slot: kept_slots[slot], default=0)
+        self.absent_slot = None
 
     def is_due(self, facts: FrameFacts) -> bool:
         """Whether a tracked frame is to be remembered at all, or came too soon after the one before."""

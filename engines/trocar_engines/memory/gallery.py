@@ -40,6 +40,7 @@ class Gallery:
         if len(self.views) <= MOST_VIEWS:
             return
         views = np.stack(self.views)
-        alike = np.triu(views @ views.T, 1)
-        alike[:, :FIRST_VIEWS] = 0.0
+        alike = views @ views.T
+        alike[np.tril_indices(len(views))] = -np.inf
+        alike[:, :FIRST_VIEWS] = -np.inf
         del self.views[int(np.unravel_index(alike.argmax(), alike.shape)[1])]

@@ -351,10 +351,14 @@ class SAM2S(nn.Module):
             pixels: uint8 or float [B, S, S, 3] RGB, 0 to 255.
             mask_logits: [B, 4h, 4w] of the objects in it.
         """
-        picture = self._normalised(pixels)
         return Recognition(
-            self.semantic_head(class_token, picture, mask_logits), self.appearance_head(picture, mask_logits)
+            self.classify(class_token, pixels, mask_logits),
+            self.appearance_head(self._normalised(pixels), mask_logits),
         )
+
+    def classify(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Tensor:
+        """Class logits [B, K] of what lies under the masks; the arguments are those of `recognise`."""
+        return self.semantic_head(class_token, self._normalised(pixels), mask_logits)  # type: ignore[no-any-return]
 
     def decode_all(
         self,

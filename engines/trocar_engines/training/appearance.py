@@ -21,6 +21,7 @@ from trocar_engines.network import appearance, window
 from trocar_engines.network.appearance import EVEN, LEAST_AREA, SHAFT, SHARPNESS, shaft_of_object
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.window import find_pose
+from trocar_engines.training import windows
 from trocar_engines.training.canvas import Material, Segment
 from trocar_engines.training.instruments import (
     INSTRUMENT_KINDS,
@@ -296,14 +297,17 @@ def render_views(folder: Path, size_px: int, index: int) -> Path:
 @cache
 def _identify() -> str:
     """Hash of the code that renders and looks: views through another window would teach another head."""
-    files = (appearance.__file__, window.__file__, __file__)
+    files = (appearance.__file__, window.__file__, windows.__file__, __file__)
     return identify_renderer(*(Path(str(file)) for file in files))
 
 
 def open_views(folder: Path, size_px: int) -> list[Views]:
     """The rendered views of that size in `folder`, by ground, pictures in half precision."""
-    paths = sorted(folder.glob(f"views-{_identify()}-{size_px}-*.npz"))
-    return [Views(*(torch.from_numpy(np.load(path)[name]) for name in Views._fields)) for path in paths]
+    grounds = []
+    for path in sorted(folder.glob(f"views-{_identify()}-{size_px}-*.npz")):
+        with np.load(path) as stored:
+            grounds.append(Views(*(torch.from_numpy(stored[name]) for name in Views._fields)))
+    return grounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +348,8 @@ def collate_views(samples: list[Views]) -> Views:
 def _change(rng: np.random.Generator, seen: Tensor) -> Tensor:
     """Mirror views, move them a little, change their light and add noise, each at times."""
     count = len(seen)
+    if not count:
+        return seen
     seen = torch.where(_is_chosen(rng, count, 0.5), seen.flip(3), seen)
     change = torch.eye(2, 3).expand(count, -1, -1).clone()
     change += normal(rng, count, 2, 3) * torch.tensor([[0.1, 0.1, 0.1], [0.02, 0.06, 0.04]])

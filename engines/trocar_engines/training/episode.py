@@ -73,9 +73,9 @@ def run_episode(
                     parts["readout"].append(_read_truth(network, features, masks, owner, clips, t))
                 _click_again(network, now, truth, rng, weights, parts["prompt"])
             if network.config.classes:
-                seen = network.recognise(token, sample.pixels[owner, t], mask_logits.detach().float())
+                logits = network.classify(token, sample.pixels[owner, t], mask_logits.detach().float())
                 shown = torch.where(truth.flatten(1).any(dim=1), sample.classes.flatten(), NO_CLASS)
-                parts["class"].append(class_loss(seen.class_logits, shown))
+                parts["class"].append(class_loss(logits, shown))
             _remember(network, now, memory, every, mask_logits, truth, is_prompted=t == 0)
     means = {name: torch.stack(losses).mean() for name, losses in parts.items() if losses}
     total = means["prompt"] * 1.0

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from trocar_engines.errors import TrocarError
 from trocar_engines.network.config import NetworkConfig, network_config
 from trocar_engines.network.sam2s import SAM2S
-from trocar_engines.network.weights import load_state, save_weights
+from trocar_engines.network.weights import load_weights, save_weights
 from trocar_engines.training.appearance import (
     Views,
     ViewSamples,
@@ -170,7 +170,8 @@ class _Run:
             name: value.clone() for name, value in self.network.state_dict().items()
         }
         if config.start_from is not None:
-            self._load_network(load_state(config.start_from))
+            load_weights(self.network, config.start_from)
+            self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.optimiser = self._optimiser()
         if self.checkpoint_path.exists():
             self._resume()
@@ -205,10 +206,6 @@ class _Run:
             {"params": vectors, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
-
-    def _load_network(self, state: dict[str, torch.Tensor]) -> None:
-        self.network.load_state_dict(state)
-        self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
 
     def _resume(self) -> None:
         saved: dict[str, Any] = torch.load(
