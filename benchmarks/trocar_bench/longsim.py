@@ -34,6 +34,7 @@ from trocar_engines.training.instruments import (
     Style,
     draw_instrument,
     draw_style,
+    wrap_in_tape,
 )
 from trocar_engines.training.motion import Absence, Camera, Point, Wander, draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
@@ -222,12 +223,7 @@ class Stay:
             return []
         parts = self.instrument.parts(time_s)
         if self.tape is not None:
-            wrist = self.instrument.wrist(time_s)
-            rings = [
-                wrist.segment((start, 0), (end, 0), (1.14, 1.1), self.tape, is_flat_ended=True)
-                for start, end in RINGS
-            ]
-            parts[1:1] = rings  # over the shaft, under all else
+            parts[1:1] = wrap_in_tape(self.instrument.wrist(time_s), RINGS, self.tape)
         scale = self.camera.zoom / self.camera.scale(time_s)
         return [
             replace(

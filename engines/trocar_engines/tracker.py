@@ -772,14 +772,12 @@ class Tracker:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Readback:
+    """What the network says of one row; `found_area` in points of the mask, 0 where the object is absent."""
+
     mask_logits: Float32Array
     predicted_iou: float
     presence_logit: float
-
-    @property
-    def found_area(self) -> int:
-        """Points of the mask, 0 where the object is absent."""
-        return mask_area(self.mask_logits) if self.presence_logit > 0 else 0
+    found_area: int
 
 
 def _read_back(decoded: Decoded) -> list[_Readback]:
@@ -787,7 +785,12 @@ def _read_back(decoded: Decoded) -> list[_Readback]:
     masks = decoded.mask_logits.numpy()
     ious, presence = decoded.predicted_iou.tolist(), decoded.presence_logit.tolist()
     return [
-        _Readback(mask_logits=mask, predicted_iou=iou, presence_logit=present)
+        _Readback(
+            mask_logits=mask,
+            predicted_iou=iou,
+            presence_logit=present,
+            found_area=mask_area(mask) if present > 0 else 0,
+        )
         for mask, iou, present in zip(masks, ious, presence, strict=True)
     ]
 

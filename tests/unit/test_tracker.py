@@ -393,6 +393,16 @@ class TellingRuntime(EagerRuntime):
         return Recognition(logits, descriptor)
 
 
+def begin(runtime: TellingRuntime, frames: int, *, lost_after_s: float = 2.0) -> tuple[Tracker, StreamState]:
+    """A tracker that has followed one object, prompted on frame 0, up to frame `frames`."""
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=lost_after_s))
+    stream = tracker.open_stream(BANK, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0))
+    follow(tracker, stream, range(1, frames))
+    return tracker, stream
+
+
 @pytest.mark.parametrize(
     ("instrument", "iou", "policy", "state"),
     [
@@ -448,11 +458,7 @@ def lose(tracker: Tracker, stream: StreamState, runtime: TellingRuntime, last: i
 @pytest.mark.parametrize("is_back", [True, False])
 def test_a_lost_object_comes_back_only_if_it_looks_like_itself(is_back: bool) -> None:
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=1.0))
-    stream = tracker.open_stream(BANK, 1)
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 60))
+    tracker, stream = begin(runtime, 60, lost_after_s=1.0)
     runtime.presence = -5.0
     follow(tracker, stream, range(60, 120))
     runtime.presence, runtime.appearance = 5.0, 0 if is_back else 1
@@ -466,11 +472,7 @@ def test_a_lost_object_comes_back_only_if_it_looks_like_itself(is_back: bool) ->
 def test_what_no_longer_looks_like_the_object_is_hidden_and_forgotten() -> None:
     """A look-alike that takes the object's place without a gap."""
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
-    stream = tracker.open_stream(BANK, 1)
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 60))
+    tracker, stream = begin(runtime, 60)
     runtime.appearance, runtime.iou = 1, SOUND_IOU - 0.1
     states = watch(tracker, stream, range(60, 90))
     refuted = states.index(ObjectState.OCCLUDED)
@@ -486,20 +488,11 @@ def test_what_no_longer_looks_like_the_object_is_hidden_and_forgotten() -> None:
     assert set(watch(tracker, stream, range(150, 200))) == {ObjectState.VISIBLE}, "who points is believed"
 
 
-def doubt(tracker: Tracker, stream: StreamState, runtime: TellingRuntime) -> None:
-    """An object in whose place another is followed; doubted, not yet lost."""
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 60))
-    runtime.appearance, runtime.iou = 1, SOUND_IOU - 0.1
-    assert watch(tracker, stream, range(60, 80))[-1] is ObjectState.OCCLUDED
-
-
 def test_a_flicker_does_not_end_a_doubt() -> None:
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
-    stream = tracker.open_stream(BANK, 1)
-    doubt(tracker, stream, runtime)
+    tracker, stream = begin(runtime, 60)
+    runtime.appearance, runtime.iou = 1, SOUND_IOU - 0.1
+    assert watch(tracker, stream, range(60, 80))[-1] is ObjectState.OCCLUDED
     runtime.iou = SOUND_IOU + 0.1
     for frame in range(80, 160):
         runtime.presence = -5.0 if frame % 4 == 0 else 5.0
@@ -512,11 +505,7 @@ def test_a_flicker_does_not_end_a_doubt() -> None:
 def test_a_tap_on_what_is_followed_is_believed_whatever_it_looked_like() -> None:
     """The tracker slid onto another instrument under a sound mask; a surgeon points at the right one."""
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
-    stream = tracker.open_stream(BANK, 1)
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 30))
+    tracker, stream = begin(runtime, 30)
     tracked = stream.objects[1]
     tracked.was_away = True  # looks are no longer learnt
     runtime.appearance = 1
@@ -564,11 +553,7 @@ def test_a_lost_object_returns_at_a_frame_a_second() -> None:
 def test_a_sound_mask_that_is_followed_without_a_break_is_believed() -> None:
     """It bleeds, smokes, turns round: the object changes its looks in view."""
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
-    stream = tracker.open_stream(BANK, 1)
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 60))
+    tracker, stream = begin(runtime, 60)
     runtime.appearance = 1
     assert set(watch(tracker, stream, range(60, 120))) == {ObjectState.VISIBLE}
     runtime.iou = SOUND_IOU - 0.1
@@ -616,11 +601,7 @@ def test_a_clock_that_begins_anew_stops_no_look() -> None:
 def test_a_lost_object_that_catches_up_waits_for_no_class() -> None:
     """Frames of the past are kept as features; their pictures are gone and cannot be looked at."""
     runtime = TellingRuntime()
-    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK, lost_after_s=0.1))
-    stream = tracker.open_stream(BANK, 1)
-    follow(tracker, stream, range(1))
-    tracker.prompt(stream, click(1, 0))
-    follow(tracker, stream, range(1, 40))
+    tracker, stream = begin(runtime, 40, lost_after_s=0.1)
     assert stream.objects[1].class_probabilities is not None
     tracker.prompt(stream, click(1, 20))
     stream.objects[1].seen_at_s -= 1.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trocar_engines.network.window import Window, find_pose, look_through
 
 SHAFT = Window(along=48, across=10, behind=10.0, beyond=1.5, aside=1.25)
-"""From before the tip to five diameters up the shaft and more."""
+"""From beyond the tip to ten of the object's widths up its shaft."""
 WIDTHS = (24, 32, 48, 64)
 """Channels of the look through the window, whose sides each but the first halves."""
 DESCRIPTOR_DIM = 32

@@ -29,6 +29,7 @@ from trocar_engines.training.instruments import (
     Style,
     draw_instrument,
     draw_style,
+    wrap_in_tape,
 )
 from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
@@ -102,11 +103,8 @@ class _Taped:
         return self.instrument.radius
 
     def parts(self, time_s: float) -> list[Segment]:
-        parts, wrist = self.instrument.parts(time_s), self.instrument.wrist(time_s)
-        parts[1:1] = [
-            wrist.segment((start, 0), (end, 0), (1.14, 1.1), self.tape, is_flat_ended=True)
-            for start, end in self.rings
-        ]
+        parts = self.instrument.parts(time_s)
+        parts[1:1] = wrap_in_tape(self.instrument.wrist(time_s), self.rings, self.tape)
         return parts
 
     def smear(self, time_s: float, shutter_s: float) -> float:
@@ -195,7 +193,12 @@ def _vary(rng: np.random.Generator, optics: Optics) -> Optics:
 
 
 def draw_views(size_px: int, seed: int) -> Views:
-    """The views of one ground."""
+    """The views of one ground; equal arguments give equal views.
+
+    Args:
+        size_px: side of the pictures.
+        seed: of the ground and of all that is shown on it.
+    """
     config = SceneConfig(height_px=size_px, width_px=size_px, frames=1, frame_rate=1.0, seed=seed)
     rng = np.random.default_rng([seed, 2])
     palette = draw_palette(rng, held_out=False)

@@ -271,6 +271,19 @@ def _fan_retractor(joint: Joint, opening: float, style: Style) -> list[Segment]:
     return parts
 
 
+def wrap_in_tape(wrist: Joint, rings: tuple[tuple[float, float], ...], tape: Material) -> list[Segment]:
+    """Return rings of tape round a shaft; they belong over the shaft and under all else.
+
+    Args:
+        wrist: where the shaft ends, see `Instrument.wrist`.
+        rings: from and to, in shaft radii along the wrist's x: negative.
+        tape: its looks.
+    """
+    return [
+        wrist.segment((start, 0), (end, 0), (1.14, 1.1), tape, is_flat_ended=True) for start, end in rings
+    ]
+
+
 _TIPS: dict[str, Callable[[Joint, float, Style], list[Segment]]] = {
     "grasper": _grasper,
     "scissors": _scissors,
