@@ -4,7 +4,8 @@
 own. Each line on stdout is JSON: how far it is, and at last what came of it.
 
     malformed    calls with messages and packets from `malformed`, each to its end; and connections that speak
-                 HTTP/2 badly
+                 HTTP/2 badly, for as long as said
+    volume       the same, until so many messages are answered
     files        weights files from `malformed`, loaded here: what `trocar models import` reads
     flood        streams that send frames as fast as they can and never read a result
     loris        connections that say as little as keeps them open, byte by byte
@@ -18,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import resource
 import socket
@@ -39,9 +41,9 @@ from trocar.config import split_address
 from trocar.v1 import tracking_pb2 as pb
 from trocar_bench.malformed import Case, Mutator
 
-ATTACKS = ("malformed", "files", "flood", "loris", "connections", "resets", "paths")
+ATTACKS = ("malformed", "volume", "files", "flood", "loris", "connections", "resets", "paths")
 CONTROL = "burn"
-COUNTED_ATTACKS = ("malformed", "files")
+COUNTED_ATTACKS = ("volume", "files")
 """These end with their count, the others with their time."""
 METHOD = "/trocar.v1.TrackingService/Track"
 QUESTION = "/trocar.v1.TrackingService/GetServerInfo"
@@ -130,18 +132,19 @@ class Report:
 
 
 def attack_with_calls(options: argparse.Namespace, report: Report) -> None:
-    """Send cases until the server has answered `--count` messages."""
+    """Send cases until the server has answered `--count` messages, or until the time is over."""
     mutator = Mutator(options.seed)
     cases = zip(count(), mutator.cases(), strict=False)
     mutator.good_packets(pb.VIDEO_CODEC_HEVC_ANNEX_B)
     report.begin()
     taking = threading.Lock()
     began_s = time.monotonic()
+    seconds = math.inf if options.kind in COUNTED_ATTACKS else options.seconds
 
     def call() -> None:
         with _open_channel(options) as channel:
             stub = channel.stream_stream(METHOD, None, pb.TrackResponse.FromString)
-            while not report.is_done:
+            while not report.is_done and time.monotonic() - began_s < seconds:
                 with taking:
                     number, case = next(cases)
                 answered = _run_case(stub, number, case, report)
@@ -517,7 +520,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.nice(19)
     report = Report(options.count if options.kind in COUNTED_ATTACKS else None)
     match options.kind:
-        case "malformed":
+        case "malformed" | "volume":
             attack_with_calls(options, report)
         case "files":
             attack_with_files(options, report)

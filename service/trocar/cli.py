@@ -394,6 +394,11 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--max-objects-total", "objects of all streams together, for each model")
     add("--max-message-bytes", "bytes of one request")
     add("--max-picture-pixels", "pixels of one picture")
+    add(
+        "--max-calls-per-s",
+        "calls per second and connection in the long run; beyond, a call waits, or is refused",
+        float,
+    )
     add("--max-prompts-per-s", "prompts per second and stream", float)
     add(
         "--max-requests-per-s",

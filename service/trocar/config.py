@@ -45,6 +45,8 @@ class ServerConfig:
         max_objects_total: objects at once in all streams, for each model.
         max_message_bytes: one request; a 4K RGB24 frame takes 25 MB.
         max_picture_pixels: width times height of one picture; guards against decompression bombs.
+        max_calls_per_s: of one connection in the long run, of whatever kind; `calls.CALL_BURST` more may come
+            at once.
         max_prompts_per_s: of one stream in the long run; one for each object may come at once.
         max_requests_per_s: of one stream: frames of a live one, and prompts, removals and the like of any;
             beyond that reading waits.
@@ -72,8 +74,9 @@ class ServerConfig:
     max_objects_total: int = 64
     max_message_bytes: int = 32 * MEBIBYTE
     max_picture_pixels: int = UHD_8K_PIXELS
+    max_calls_per_s: float = 1.0
     max_prompts_per_s: float = 20.0
-    max_requests_per_s: float = 240.0
+    max_requests_per_s: float = 150.0
     max_idle_s: float = 300.0
     max_unread_s: float = 30.0
     max_decode_s: float = 10.0
@@ -94,6 +97,7 @@ class ServerConfig:
         _check_range("max_objects_total", self.max_objects_total, 1, 1_048_576)
         _check_range("max_message_bytes", self.max_message_bytes, 64 << 10, 512 * MEBIBYTE)
         _check_range("max_picture_pixels", self.max_picture_pixels, 64 * 64, 1 << 28)
+        _check_range("max_calls_per_s", self.max_calls_per_s, 0.01, 100_000)
         _check_range("max_prompts_per_s", self.max_prompts_per_s, 0.01, 10_000)
         _check_range("max_requests_per_s", self.max_requests_per_s, 1, 100_000)
         _check_range("max_idle_s", self.max_idle_s, 0.1, 86_400)

@@ -289,6 +289,10 @@ class Rate:
         self._left -= 1
         return max(-self._left / self._per_s, 0.0)
 
+    def give_back(self) -> None:
+        """Undo what was taken or borrowed last."""
+        self._left += 1
+
     def _fill(self) -> None:
         now_s = self._clock()
         self._left = min(self._capacity, self._left + (now_s - self._filled_s) * self._per_s)

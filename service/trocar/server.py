@@ -1,25 +1,24 @@
 """The gRPC server: calls to sessions, errors to status codes, admission, health, reflection, shutdown."""
 
 import asyncio
-import inspect
 import itertools
 import logging
+import os
 import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib.metadata import version
-from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trocar import messages
+from trocar.calls import CallGuard, CallTurns
 from trocar.config import ServerConfig, split_address
 from trocar.errors import (
     ConfigError,
@@ -85,6 +84,8 @@ CUT_OFF_S = 5.0
 CALLS_PER_CONNECTION = 64
 """HTTP/2 streams of one connection; calls beyond wait at the client."""
 HANDSHAKE_TIMEOUT_S = 10
+UNREAD_BYTES = 256 << 10
+"""Of a call on its way to us: 0.1 s of 20 Mbit/s, 200 Mbit/s over a line that answers after 10 ms."""
 LAST_WORK_S = 1.0
 """For threads that are at a picture when calls are ended by force."""
 LISTENER_CHECK_S = 0.05
@@ -92,9 +93,6 @@ LISTEN_AGAIN_S = 5.0
 """A server that cannot is better started anew."""
 MOST_STATUS_BYTES = 2_000
 """A status travels in headers, 8 KiB at most, and a byte that is not ASCII as three."""
-Handler = Any
-"""grpc.RpcMethodHandler, whose attributes no stub knows; None for an unknown method."""
-NO_MESSAGE = "bytes that are no message of this method: see trocar.v1"
 NOT_ADMITTED = "not admitted"
 """All that a peer learns; the reason is in the log."""
 
@@ -134,8 +132,11 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         self._open_ids: set[int] = set()
         self._sessions: dict[int, Session] = {}
         self._threads = StreamThreads(
-            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS, config.max_decode_s
+            SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS,
+            cores=len(os.sched_getaffinity(0)),
+            hung_after_s=config.max_decode_s,
         )
+        self.turns = CallTurns(config.max_calls_per_s)
         self.is_serving = False
         self.metrics = Metrics(
             scheduler,
@@ -167,6 +168,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         """Serve one video stream."""
         stream_id = next(self._stream_ids)
         try:
+            await self.turns.wait(context.peer())
             rights = self._admit(context)
             await self._track(stream_id, rights, request_iterator, context)
         except NotAdmittedError as error:
@@ -383,56 +385,6 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
             raise
 
 
-class MessageGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses bytes that are no message as the client's fault; gRPC itself says UNKNOWN and logs a traceback.
-
-    For health, reflection and questions; `next_request` does it for Track.
-    """
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Read the message inside the call, where a fault can be answered."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        write = handler.response_serializer
-        if inspect.isasyncgenfunction(handler.stream_stream):
-            reply = _guard_stream(handler)
-            return grpc.stream_stream_rpc_method_handler(reply, handler.request_deserializer, write)
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_guard(handler, handler.unary_unary), None, write)
-        if inspect.iscoroutinefunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(_guard(handler, handler.unary_stream), None, write)
-        return handler
-
-
-def _guard(handler: Handler, method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
-    async def answer(data: bytes, context: aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            request = handler.request_deserializer(data)
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-        return await method(request, context)
-
-    return answer
-
-
-def _guard_stream(handler: Handler) -> Callable[[Any, Any], Any]:
-    async def answer(
-        requests: AsyncIterator[Any], context: aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
-        try:
-            async for response in handler.stream_stream(requests, context):
-                yield response
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-
-    return answer
-
-
 class TrackingServer:
     """A listening server.
 
@@ -513,7 +465,9 @@ class TrackingServer:
         Raises:
             ConfigError: the address is taken or not ours.
         """
-        server = aio.server(options=_list_options(self._config), interceptors=[MessageGuard()])
+        server = aio.server(
+            options=_list_options(self._config), interceptors=[CallGuard(self._servicer.turns)]
+        )
         # Registered methods are found sooner, by nothing that matters, and what gRPC keeps for them is freed
         # too early when its loop ends: the process then crashes. The generic handlers serve them as well.
         server.add_registered_method_handlers = lambda *_: None  # type: ignore[attr-defined]
@@ -594,6 +548,7 @@ class TrackingServer:
         """Take no more streams, tell the open ones, give them their time, answer what they sent, end them."""
         self._stopping.set()
         self._servicer.is_serving = False
+        self._servicer.turns.close()
         async with AsyncExitStack() as closing:
             closing.callback(self._audit.close)
             closing.push_async_callback(self._servicer.close)
@@ -722,6 +677,10 @@ def _list_options(config: ServerConfig) -> list[tuple[str, int]]:
     # keeps alive on an idle stream is thrown out for "too many pings".
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
+        # Otherwise gRPC's windows grow with whoever sends faster than he is read: megabytes of packets wait
+        # then, and keep its threads busy.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(config.keepalive_time_s * 1_000)),
         ("grpc.keepalive_timeout_ms", int(config.keepalive_timeout_s * 1_000)),

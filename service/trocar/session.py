@@ -282,8 +282,7 @@ class Session:
     async def _decode_in_time(self, arrival: ArrivedFrame) -> tuple[Decoded, PendingFrame | None]:
         is_wanted = self._is_wanted(arrival.packet.frame_id)
         try:
-            async with asyncio.timeout(self._config.max_decode_s):
-                return await self._threads.run(self._decode_and_offer, arrival, is_wanted)
+            return await self._compute(self._decode_and_offer, arrival, is_wanted)
         except TimeoutError:
             raise DecoderHungError(
                 f"limit max_decode_s: frame {arrival.packet.frame_id} of {arrival.size_bytes} bytes is not "
@@ -406,7 +405,7 @@ class Session:
         try:
             width_px, height_px = self._find_picture_size(message.frame_id)
             # In a thread: a mask of many pixels takes long enough for other streams to feel it.
-            prompt = await self._threads.run(read_prompt, message, width_px, height_px)
+            prompt = await self._compute(read_prompt, message, width_px, height_px)
         except TrocarError as error:
             return self._reject(message, _rejection_reason(error), str(error))
         outcome = self._stream.prompt(prompt)
@@ -459,7 +458,7 @@ class Session:
         if masklets.is_dropped:
             self._note_dropped([pending.frame_id])
             return
-        response = await self._threads.run(self._encode_result, pending, masklets)
+        response = await self._compute(self._encode_result, pending, masklets)
         result = response.frame_result
         result.dropped_frame_ids.extend(sorted(self._dropped_frame_ids))
         result.dropped_frames_total = self._dropped_total
@@ -505,7 +504,7 @@ class Session:
         outcome = await self._settle(pending.outcome)
         if isinstance(outcome, TrocarError):
             return self._reject(pending.message, _rejection_reason(outcome), str(outcome))
-        masklets = await self._threads.run(
+        masklets = await self._compute(
             self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
         )
         accepted = pb.PromptAccepted(
@@ -531,6 +530,9 @@ class Session:
         outcome = await self._settle(pending.done)
         if isinstance(outcome, TrocarError):
             await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(outcome)))
+
+    async def _compute(self, work: Callable[..., T], *arguments: object) -> T:
+        return await self._threads.run(work, *arguments, is_live=self._settings.is_live)
 
     async def _settle(self, future: Future[T]) -> T | TrocarError:
         """Wait for the tracker.

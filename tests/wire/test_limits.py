@@ -15,6 +15,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from trocar.calls import CALL_BURST
 from trocar.config import ServerConfig
 from trocar.decode import PacketDecoder
 from trocar.errors import ConfigError
@@ -46,7 +47,10 @@ async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
         call.cancel()
 
 
-async def test_calls_that_say_nothing_hold_no_place(channel: aio.Channel, scheduler: FakeScheduler) -> None:
+async def test_calls_that_say_nothing_hold_no_place(
+    channel: aio.Channel, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.calls.CALL_BURST", 64)
     silent = [pb_grpc.TrackingServiceStub(channel).Track() for _ in range(32)]  # type: ignore[call-arg]
     for one in silent:
         await one.wait_for_connection()
@@ -58,6 +62,35 @@ async def test_calls_that_say_nothing_hold_no_place(channel: aio.Channel, schedu
         one.cancel()
     for call in calls:
         call.cancel()
+
+
+async def test_connection_that_calls_without_end_waits_and_another_gets_in(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar.calls.LONGEST_TURN_S", 0.3)
+
+    async def ask(channel: aio.Channel) -> grpc.StatusCode:
+        question = channel.unary_unary(path, None, None)(b"")
+        return await question.code()
+
+    for path in (
+        "/trocar.v1.TrackingService/GetServerInfo",
+        "/grpc.health.v1.Health/Check",
+        "/trocar.v1.TrackingService/NoSuchMethod",
+    ):
+        # A pool of its own, else channels to one address share their connection.
+        own_pool = [("grpc.use_local_subchannel_pool", 1)]
+        async with (
+            aio.insecure_channel(server.address, own_pool) as greedy,
+            aio.insecure_channel(server.address, own_pool) as modest,
+        ):
+            codes = await asyncio.gather(*(ask(greedy) for _ in range(2 * CALL_BURST)))
+            good = await ask(modest)
+            assert codes.count(good) in range(CALL_BURST, CALL_BURST + 3), path
+            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(codes) - codes.count(good)
+            stream = Call(greedy)
+            assert (await stream.read_failure())[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+            await Call(modest).open()
 
 
 async def test_live_stream_is_read_no_faster_than_its_rate(scheduler: FakeScheduler) -> None:
