@@ -84,8 +84,8 @@ CUT_OFF_S = 5.0
 CALLS_PER_CONNECTION = 64
 """HTTP/2 streams of one connection; calls beyond wait at the client."""
 HANDSHAKE_TIMEOUT_S = 10
-UNREAD_BYTES = 256 << 10
-"""Of a call on its way to us: 0.1 s of 20 Mbit/s, 200 Mbit/s over a line that answers after 10 ms."""
+UNREAD_BYTES = 1 << 20
+"""Of a call on its way to us: 8 Gbit/s over a line that answers after 1 ms."""
 LAST_WORK_S = 1.0
 """For threads that are at a picture when calls are ended by force."""
 LISTENER_CHECK_S = 0.05
