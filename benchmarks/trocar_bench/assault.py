@@ -18,6 +18,7 @@ own. Each line on stdout is JSON: how far it is, and at last what came of it.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,8 @@ COUNTED_ATTACKS = ("volume", "files")
 """These end with their count, the others with their time."""
 METHOD = "/trocar.v1.TrackingService/Track"
 QUESTION = "/trocar.v1.TrackingService/GetServerInfo"
+RESET_METHODS = (METHOD, QUESTION, "/grpc.health.v1.Health/Watch", "/trocar.v1.TrackingService/None")
+"""Each kind: a stream, a question with one answer, one with many, and none."""
 EXPECTED = frozenset(
     {
         grpc.StatusCode.OK,
@@ -430,13 +433,22 @@ async def reset_calls(peer: Peer) -> None:
     peer.writer.write(PREFACE + frame(SETTINGS))
     answering = asyncio.ensure_future(peer.answer())
     for first in range(1, 2**31, 2 * RESETS_AT_ONCE):
-        streams = range(first, first + 2 * RESETS_AT_ONCE, 2)
-        peer.writer.write(b"".join(begin_call(one) + frame(RST_STREAM, 0, one, CANCEL) for one in streams))
+        peer.writer.write(write_resets(first))
         await peer.writer.drain()
         # `drain` returns at once while there is room: without this nothing else would have its turn.
         await asyncio.sleep(0)
         if answering.done():
             return
+
+
+def write_resets(first: int) -> bytes:
+    """So many calls from HTTP/2 stream `first` on, each cancelled at once."""
+    streams = range(first, first + 2 * RESETS_AT_ONCE, 2)
+    methods = itertools.cycle(RESET_METHODS)
+    return b"".join(
+        begin_call(one, path=method.encode()) + frame(RST_STREAM, 0, one, CANCEL)
+        for one, method in zip(streams, methods, strict=False)
+    )
 
 
 async def call_no_text(peer: Peer) -> None:

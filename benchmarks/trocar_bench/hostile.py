@@ -36,7 +36,7 @@ from trocar.client_core import Event, Notice, Reconnect, Result, StreamOptions
 from trocar.config import Access
 from trocar.decode import Codec
 from trocar.ui import make_certificate
-from trocar_bench.assault import ATTACKS, CONTROL, COUNTED_ATTACKS
+from trocar_bench.assault import ATTACKS, CALLERS, CONTROL, COUNTED_ATTACKS
 from trocar_bench.faults import read_size
 from trocar_bench.footage import FRAME_RATE_HZ, Footage, render_footage
 from trocar_bench.live_stream import LiveStream
@@ -64,8 +64,8 @@ examples:
     python -m trocar_bench.hostile
   the service alone, two attacks, over TLS:
     python -m trocar_bench.hostile --light --tls --attack loris --attack connections
-  a look in a minute:
-    python -m trocar_bench.hostile --light --messages 2000 --seconds 3 --alone 3
+  a look at two in half a minute:
+    python -m trocar_bench.hostile --light --seconds 3 --alone 3 --attack malformed --attack flood
 
 The last line is JSON. Exit code 1 says that something was found: a crash, a hang, a call that ended otherwise
 than it should, an honest stream that broke. p99_ratio and lost frames beside their targets are yours to
@@ -73,7 +73,6 @@ judge."""
 SHARE_OF_FILES = 0.05
 """Of the messages: reading a file costs more, and there is less to get wrong."""
 LORIS_CONNECTIONS = 200
-MALFORMED_CONNECTIONS = 3
 RESETTING_CONNECTIONS = 4
 PATH_CONNECTIONS = 4
 SERVER_STREAMS = 8
@@ -234,6 +233,10 @@ class HostileBench:
             for number, attack in enumerate(attacks, 1):
                 self._say(f"attack {number} of {len(attacks)}: {attack.kind}")
                 described[attack.kind] = self._attack_server(attack, footage)
+        except TrocarError as error:
+            if not described:
+                raise
+            described[attack.kind] = {"first_findings": [str(error)]}
         except KeyboardInterrupt:
             self._say("interrupted: what was measured so far follows")
         return {
@@ -269,7 +272,7 @@ class HostileBench:
     def _list_attacks(self) -> list[Onslaught]:
         options = self._options
         counts = {
-            "malformed": MALFORMED_CONNECTIONS,
+            "malformed": CALLERS,
             "volume": options.messages,
             "files": max(round(options.messages * SHARE_OF_FILES), 1),
             "flood": 0,
@@ -320,12 +323,13 @@ class HostileBench:
                 beside=patient.describe(live.due_ns, began_s, ended_s),
                 beside_control=None if control is None else patient.describe(live.due_ns, *control),
                 exit_code=server.exit_code,
-                notices=patient.notices if live.is_over else (),
+                ended=f"{live.failure or 'by the server'}" if live.is_over else None,
             ),
             "seconds": round(ended_s - began_s, 1),
             "attacker_cpu_percent": round(cpu_percent),
             "rss": None if figures is None else figures._asdict(),
             "rss_curve_mb": draw_curve(memory.readings_mb),
+            "notices": patient.notices[:SHOWN_NOTICES],
         }
 
     def _run_control(self, cpu_percent: float, server: ServeProcess) -> tuple[float, float]:
@@ -413,7 +417,7 @@ def describe_attack(
     beside: Health | None,
     beside_control: Health | None,
     exit_code: int | None,
-    notices: Sequence[str],
+    ended: str | None,
 ) -> dict[str, Any]:
     """The figures of one attack, whatever it has left of the server.
 
@@ -425,12 +429,13 @@ def describe_attack(
         beside_control: the honest stream beside nothing but the attacker's use of CPU time; likewise, and
             None where the server did not outlive the attack.
         exit_code: of the server's process; None while it runs.
-        notices: of an honest stream that ended.
+        ended: why the honest stream did; None where it goes on.
     """
     findings = list(outcome["first_findings"])
     if exit_code is not None:
         findings.append(f"the server's process ended: exit code {exit_code}")
-    findings += [f"the honest stream ended: {notice}" for notice in notices[-SHOWN_NOTICES:]]
+    if ended is not None:
+        findings.append(f"the honest stream ended: {ended}")
     if alone is None or beside is None:
         findings.append("the honest stream got no result at all")
     return {

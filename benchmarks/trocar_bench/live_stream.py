@@ -58,6 +58,11 @@ class LiveStream:
         """Whether the call has ended."""
         return self._is_over
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended it; None while it goes on, or when its server closed it."""
+        return self._failure
+
     def start(self) -> None:
         """Start the camera, prompt, and wait until all objects are tracked.
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,8 @@ from trocar.errors import LimitError
 from trocar.security import Rate
 
 CALL_BURST = 15
-"""At once, on top of a second's: a client that comes back calls for all its streams."""
+"""At once, on top of a second's; twice as many as there are streams, where that is more: a client that comes
+back calls for all of them."""
 LONGEST_TURN_S = 10.0
 """For which a call waits, before it is refused."""
 MOST_CONNECTIONS = 4_096
@@ -24,6 +26,8 @@ NO_MESSAGE = "bytes that are no message of this method: see trocar.v1"
 Handler = Any
 """grpc.RpcMethodHandler, whose attributes no stub knows; None for an unknown method."""
 Context = aio.ServicerContext[Any, Any]
+
+log = logging.getLogger(__name__)
 
 
 class CallTurns:
@@ -34,10 +38,12 @@ class CallTurns:
 
     Args:
         per_s: in the long run.
+        burst: at once, on top of a second's.
+        longest_s: for which a call waits.
     """
 
-    def __init__(self, per_s: float) -> None:
-        self._per_s = per_s
+    def __init__(self, per_s: float, burst: int = CALL_BURST, longest_s: float = LONGEST_TURN_S) -> None:
+        self._per_s, self._burst, self._longest_s = per_s, burst, longest_s
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._closed = asyncio.Event()
 
@@ -54,21 +60,23 @@ class CallTurns:
         Raises:
             LimitError: its turn is too far away.
         """
-        rate = self._rates.setdefault(peer, Rate(self._per_s, CALL_BURST))
+        rate = self._rates.setdefault(peer, Rate(self._per_s, self._burst))
         self._rates.move_to_end(peer)
         if len(self._rates) > MOST_CONNECTIONS:
             self._rates.popitem(last=False)
         turn_s = rate.borrow_s()
-        is_refused = turn_s > LONGEST_TURN_S
+        is_refused = turn_s > self._longest_s
         if is_refused:
             rate.give_back()
         if turn_s > 0:
-            await self._stay(min(turn_s, LONGEST_TURN_S))
+            await self._stay(min(turn_s, self._longest_s))
         if is_refused:
-            text = (
-                f"more than {self._per_s:g} calls a second on one connection: open a stream once, and keep it"
-            )
-            raise LimitError("max_calls_per_s", text)
+            raise LimitError("max_calls_per_s", f"more than {self._per_s:g} calls a second on one connection")
+
+    def give_back(self, peer: str) -> None:
+        """Undo the counting of a call: the server was not ready for it, and its client has to call again."""
+        if peer in self._rates:
+            self._rates[peer].give_back()
 
     def close(self) -> None:
         """Let nobody wait any longer."""
@@ -98,48 +106,51 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         turns: of all calls.
+        on_refused: called for each call whose turn was too far away.
     """
 
-    def __init__(self, turns: CallTurns) -> None:
+    def __init__(self, turns: CallTurns, on_refused: Callable[[LimitError], None]) -> None:
         self._turns = turns
+        self._on_refused = on_refused
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Read the message inside the call, where a fault can be answered."""
+        """Read the message inside the call, where a fault can be answered.
+
+        Every method becomes one of two streams, which looks the same on the wire: gRPC hands others over only
+        once it has their message, and a call that is cancelled before would never wait.
+        """
         handler = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(self._refuse_unknown)
         if handler.request_deserializer is None:
             return handler
-        write = handler.response_serializer
         if inspect.isasyncgenfunction(handler.stream_stream):
-            reply: Callable[[Any, Context], Any] = self._guard_stream(handler)
-            return grpc.stream_stream_rpc_method_handler(reply, handler.request_deserializer, write)
-        if handler.unary_unary is not None:
-            reply = self._guard(handler, handler.unary_unary)
-            return grpc.unary_unary_rpc_method_handler(reply, None, write)
-        if inspect.iscoroutinefunction(handler.unary_stream):
-            reply = self._guard(handler, handler.unary_stream)
-            return grpc.unary_stream_rpc_method_handler(reply, None, write)
-        return handler
+            reply, read = self._guard_stream(handler), handler.request_deserializer
+        elif handler.unary_unary is not None or inspect.iscoroutinefunction(handler.unary_stream):
+            reply, read = self._guard(handler), None
+        else:
+            return handler
+        return grpc.stream_stream_rpc_method_handler(reply, read, handler.response_serializer)
 
-    def _guard(
-        self, handler: Handler, method: Callable[[Any, Context], Awaitable[Any]]
-    ) -> Callable[[bytes, Context], Any]:
-        async def answer(data: bytes, context: Context) -> Any:
+    def _guard(self, handler: Handler) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[Any]]:
+        async def answer(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             await self._wait(context)
             try:
-                request = handler.request_deserializer(data)
-            except DecodeError:
+                request = handler.request_deserializer(await anext(requests))
+            except (DecodeError, StopAsyncIteration):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return await method(request, context)
+            if handler.unary_unary is not None:
+                yield await handler.unary_unary(request, context)
+            else:
+                await handler.unary_stream(request, context)
 
         return answer
 
-    def _guard_stream(self, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Any]:
+    def _guard_stream(self, handler: Handler) -> Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]:
         async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             await self._wait(context)
             try:
@@ -158,4 +169,6 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             await self._turns.wait(context.peer())
         except LimitError as error:
+            log.info("call refused: %s", error)
+            self._on_refused(error)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))

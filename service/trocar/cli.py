@@ -408,7 +408,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting-packets", "packets of a live H.264 or HEVC stream that may wait for the decoder")
     add("--max-idle-s", "seconds without a request after which a stream ends", float)
     add("--max-unread-s", "seconds for which a client may leave results unread", float)
-    add("--max-decode-s", "seconds for decoding one packet", float)
+    add("--max-decode-s", "seconds for decoding one packet, or coding one frame's masks", float)
     add("--max-device-s", "seconds for one step of the device; beyond, the server ends", float)
     add("--health-interval-s", "seconds between two looks at the device", float)
     add("--keepalive-time-s", "seconds of silence after which a peer is pinged", float)
@@ -501,10 +501,11 @@ async def _serve_until_signal(config: "ServerConfig", scheduler: "Scheduler") ->
     """Serve; returns whether the device is well, and whether threads hang."""
     from trocar.server import TrackingServer
     from trocar_engines.gpu_meter import GpuMeter
+    from trocar_engines.models import cpu_threads
     from trocar_engines.preprocess import resize_to_model
 
     gpu = GpuMeter() if config.metrics_address else None
-    server = TrackingServer(config, scheduler, resize_to_model, gpu)
+    server = TrackingServer(config, scheduler, resize_to_model, gpu, cores=cpu_threads())
     server.stop_on_signals()
     await server.start()
     print(f"trocar serve: warming up {scheduler.default_model}", file=sys.stderr)

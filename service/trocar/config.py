@@ -52,7 +52,7 @@ class ServerConfig:
             beyond that reading waits.
         max_idle_s: silence of a client after which its stream is ended.
         max_unread_s: time for which a client may leave its results unread.
-        max_decode_s: time that one packet's decoding may take.
+        max_decode_s: time that decoding one packet, or coding one frame's masks, may take.
         max_device_s: time that the device may take over one step.
         max_waiting_packets: received and not yet decoded packets per inter-coded stream; in LATEST more than
             that means that decoding has fallen behind.

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import logging
-import os
 import signal
 import time
 import traceback
@@ -18,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trocar import messages
-from trocar.calls import CallGuard, CallTurns
+from trocar.calls import CALL_BURST, CallGuard, CallTurns
 from trocar.config import ServerConfig, split_address
 from trocar.errors import (
     ConfigError,
@@ -107,6 +106,7 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         audit: takes a line for each stream and prompt.
         trace_frame: takes one frame in `config.trace_every`.
         gpu: that the tracker runs on, for the metrics.
+        cores: of the host, for decoding and coding.
 
     Raises:
         ConfigError: the clients file cannot be read.
@@ -120,6 +120,8 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         audit: AuditLog,
         trace_frame: TraceFrame | None = None,
         gpu: GpuMeter | None = None,
+        *,
+        cores: int,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
@@ -133,10 +135,10 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         self._sessions: dict[int, Session] = {}
         self._threads = StreamThreads(
             SESSION_THREADS * config.max_streams + MOST_HUNG_DECODERS,
-            cores=len(os.sched_getaffinity(0)),
+            cores=cores,
             hung_after_s=config.max_decode_s,
         )
-        self.turns = CallTurns(config.max_calls_per_s)
+        self.turns = CallTurns(config.max_calls_per_s, max(CALL_BURST, 2 * config.max_streams))
         self.is_serving = False
         self.metrics = Metrics(
             scheduler,
@@ -174,8 +176,10 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         except NotAdmittedError as error:
             code, text = self._refuse(error)
         except TrocarError as error:
+            if isinstance(error, ServerNotReadyError):
+                self.turns.give_back(context.peer())
             log.info("stream %d ended: %s", stream_id, error, extra={FIELDS: {"stream_id": stream_id}})
-            self.metrics.refusals.labels(_name_refusal(error)).inc()
+            self.count_refusal(error)
             if isinstance(error, UnreadError):
                 # A write is stuck, and a status would wait behind it for ever; gRPC cannot reset a call
                 # from here. Its place, its rows and its threads are free, its buffers go with the connection.
@@ -190,6 +194,10 @@ class TrackingServicer(pb_grpc.TrackingServiceServicer):
         # for the garbage collector.
         context.set_code(code)
         context.set_details(text)
+
+    def count_refusal(self, error: TrocarError) -> None:
+        """For the metrics."""
+        self.metrics.refusals.labels(_name_refusal(error)).inc()
 
     async def warn_of_shutdown(self) -> None:
         """Tell the clients of all streams that the server goes."""
@@ -393,19 +401,28 @@ class TrackingServer:
         scheduler: the tracker; the caller closes it.
         resize: from source pixels to the tracker's input.
         gpu: that the tracker runs on, for the metrics.
+        cores: of the host, for decoding and coding.
 
     Raises:
         ConfigError: TLS files, clients file or audit log cannot be used.
     """
 
     def __init__(
-        self, config: ServerConfig, scheduler: Scheduler, resize: Resize, gpu: GpuMeter | None = None
+        self,
+        config: ServerConfig,
+        scheduler: Scheduler,
+        resize: Resize,
+        gpu: GpuMeter | None = None,
+        *,
+        cores: int = 2,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
         self._audit = AuditLog(config.audit_log)
         trace_frame = open_tracer() if config.trace_every else None
-        self._servicer = TrackingServicer(config, scheduler, resize, self._audit, trace_frame, gpu)
+        self._servicer = TrackingServicer(
+            config, scheduler, resize, self._audit, trace_frame, gpu, cores=cores
+        )
         self._certificates = None if config.tls is None else Certificates(config.tls)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: aio.Server | None = None
@@ -465,9 +482,8 @@ class TrackingServer:
         Raises:
             ConfigError: the address is taken or not ours.
         """
-        server = aio.server(
-            options=_list_options(self._config), interceptors=[CallGuard(self._servicer.turns)]
-        )
+        guard = CallGuard(self._servicer.turns, self._servicer.count_refusal)
+        server = aio.server(options=_list_options(self._config), interceptors=[guard])
         # Registered methods are found sooner, by nothing that matters, and what gRPC keeps for them is freed
         # too early when its loop ends: the process then crashes. The generic handlers serve them as well.
         server.add_registered_method_handlers = lambda *_: None  # type: ignore[attr-defined]

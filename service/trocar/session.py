@@ -131,7 +131,7 @@ class Session:
         Raises:
             ContractError: the client broke the contract.
             LimitError: the client fell silent, or does not read.
-            DecoderHungError: a packet's decoding does not end.
+            DecoderHungError: a packet's decoding, or coding of masks, does not end.
             ServerNotReadyError: the tracker stopped, or the server shut down before the client had finished.
         """
         failure: BaseException | None = None
@@ -252,7 +252,12 @@ class Session:
             self._note_dropped(self._replies.take_dropped())
         else:
             await self._offers.acquire()
-        decoded, pending = await self._decode_in_time(arrival)
+        decoded, pending = await self._compute(
+            f"decoding frame {frame_id} of {arrival.size_bytes} bytes",
+            self._decode_and_offer,
+            arrival,
+            self._is_wanted(frame_id),
+        )
         picture = decoded.picture
         lost = [frame_id] if picture is None else []
         self._record.count_lost(len(lost))
@@ -278,16 +283,6 @@ class Session:
         if is_wanted:
             self._wanted_s = time.monotonic()
         return is_wanted
-
-    async def _decode_in_time(self, arrival: ArrivedFrame) -> tuple[Decoded, PendingFrame | None]:
-        is_wanted = self._is_wanted(arrival.packet.frame_id)
-        try:
-            return await self._compute(self._decode_and_offer, arrival, is_wanted)
-        except TimeoutError:
-            raise DecoderHungError(
-                f"limit max_decode_s: frame {arrival.packet.frame_id} of {arrival.size_bytes} bytes is not "
-                f"decoded after {self._config.max_decode_s:g} s"
-            ) from None
 
     def _decode_and_offer(
         self, arrival: ArrivedFrame, is_wanted: bool
@@ -405,7 +400,7 @@ class Session:
         try:
             width_px, height_px = self._find_picture_size(message.frame_id)
             # In a thread: a mask of many pixels takes long enough for other streams to feel it.
-            prompt = await self._compute(read_prompt, message, width_px, height_px)
+            prompt = await self._compute("reading a prompt", read_prompt, message, width_px, height_px)
         except TrocarError as error:
             return self._reject(message, _rejection_reason(error), str(error))
         outcome = self._stream.prompt(prompt)
@@ -458,7 +453,7 @@ class Session:
         if masklets.is_dropped:
             self._note_dropped([pending.frame_id])
             return
-        response = await self._compute(self._encode_result, pending, masklets)
+        response = await self._compute("coding masks", self._encode_result, pending, masklets)
         result = response.frame_result
         result.dropped_frame_ids.extend(sorted(self._dropped_frame_ids))
         result.dropped_frames_total = self._dropped_total
@@ -505,7 +500,7 @@ class Session:
         if isinstance(outcome, TrocarError):
             return self._reject(pending.message, _rejection_reason(outcome), str(outcome))
         masklets = await self._compute(
-            self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
+            "coding a mask", self._encode_masklets, (outcome.masklet,), pending.width_px, pending.height_px
         )
         accepted = pb.PromptAccepted(
             prompt_id=pending.message.prompt_id, frame_id=outcome.frame_id, masklet=masklets[0]
@@ -531,8 +526,12 @@ class Session:
         if isinstance(outcome, TrocarError):
             await send(messages.write_warning(pb.WARNING_REASON_UNKNOWN_OBJECT, str(outcome)))
 
-    async def _compute(self, work: Callable[..., T], *arguments: object) -> T:
-        return await self._threads.run(work, *arguments, is_live=self._settings.is_live)
+    async def _compute(self, what: str, work: Callable[..., T], *arguments: object) -> T:
+        try:
+            return await self._threads.run(work, *arguments, is_live=self._settings.is_live)
+        except TimeoutError:
+            limit_s = self._config.max_decode_s
+            raise DecoderHungError(f"limit max_decode_s: {what} takes more than {limit_s:g} s") from None
 
     async def _settle(self, future: Future[T]) -> T | TrocarError:
         """Wait for the tracker.

@@ -1,20 +1,28 @@
-"""The threads that compute for streams: as many at once as there are cores, live streams first."""
+"""The threads that compute for streams: about as many at once as there are cores, live streams first."""
 
 import asyncio
-import heapq
-import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 LOOK_S = 0.02
 KEPT_CORES = 1
-"""For live streams: the others use what is left."""
-LONG_JOB_S = 0.1
+"""For live streams: the others use at most what is left."""
+PATIENCE_S = 1.0
+"""After which a job of a stream that is not live no longer lets live ones overtake."""
+LONG_JOB_S = 1.0
 """A job that takes longer no longer counts as one that keeps a core: it may hang."""
+
+
+class _Turn(NamedTuple):
+    """A job that waits for a core, and by when it should have one."""
+
+    due_s: float
+    granted: "asyncio.Future[None]"
 
 
 class StreamThreads:
@@ -29,18 +37,28 @@ class StreamThreads:
 
     Args:
         count: of threads.
-        cores: jobs at once; two at least, of which others than live streams have one.
+        cores: jobs at once; at least two, of which others than live streams have one.
         hung_after_s: a job that takes longer hangs. A thread cannot be stopped, so it is given up.
+        long_job_s: for which a job keeps its core at most.
+        patience_s: for which jobs of streams that are not live let others overtake.
     """
 
-    def __init__(self, count: int, cores: int, hung_after_s: float) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        cores: int,
+        hung_after_s: float,
+        long_job_s: float = LONG_JOB_S,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="trocar-stream")
-        self._hung_after_s = hung_after_s
+        self._hung_after_s, self._long_job_s, self._patience_s = hung_after_s, long_job_s, patience_s
         self._begun_s: dict[Future[Any], float] = {}
-        self._free_cores = max(cores, KEPT_CORES + 1)
-        self._on_core: set[Future[Any]] = set()
-        self._waiting: list[tuple[bool, int, asyncio.Future[None]]] = []
-        self._numbers = itertools.count()
+        self._free = max(cores, KEPT_CORES + 1)
+        self._free_of_recorded = self._free - KEPT_CORES
+        self._on_core: dict[Future[Any], bool] = {}
+        self._waiting: dict[bool, deque[_Turn]] = {True: deque(), False: deque()}
 
     @property
     def working(self) -> int:
@@ -69,10 +87,10 @@ class StreamThreads:
         """
         await self._wait_for_core(is_live=is_live)
         job = self._pool.submit(work, *arguments)
-        self._on_core.add(job)
+        self._on_core[job] = is_live
         self._begun_s[job] = time.monotonic()
         job.add_done_callback(self._begun_s.pop)
-        giving_up = asyncio.get_running_loop().call_later(LONG_JOB_S, self._leave_core, job)
+        giving_up = asyncio.get_running_loop().call_later(self._long_job_s, self._leave_core, job)
         try:
             async with asyncio.timeout(self._hung_after_s):
                 return await asyncio.wrap_future(job)
@@ -92,34 +110,43 @@ class StreamThreads:
         self._pool.shutdown(wait=False)
 
     async def _wait_for_core(self, *, is_live: bool) -> None:
-        if self._free_cores > (0 if is_live else KEPT_CORES):
-            self._free_cores -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (not is_live, next(self._numbers), turn))
+        granted = asyncio.get_running_loop().create_future()
+        turn = _Turn(time.monotonic() + (0 if is_live else self._patience_s), granted)
+        self._waiting[is_live].append(turn)
+        self._grant()
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if not turn.cancelled():
-                self._free_core()
+            if not granted.cancelled():
+                self._free_core(is_live=is_live)
             raise
 
-    def _leave_core(self, job: Future[Any]) -> None:
-        if job in self._on_core:
-            self._on_core.remove(job)
-            self._free_core()
+    def _grant(self) -> None:
+        """Give free cores to whoever waits."""
+        while self._free:
+            open_queues = [
+                is_live
+                for is_live, waiting in self._waiting.items()
+                if waiting and (is_live or self._free_of_recorded)
+            ]
+            if not open_queues:
+                return
+            is_live = min(open_queues, key=lambda is_live: self._waiting[is_live][0].due_s)
+            granted = self._waiting[is_live].popleft().granted
+            if not granted.done():  # cancelled while it waited
+                self._free -= 1
+                self._free_of_recorded -= not is_live
+                granted.set_result(None)
 
-    def _free_core(self) -> None:
-        self._free_cores += 1
-        while self._waiting:
-            is_patient, _, turn = self._waiting[0]
-            if is_patient and self._free_cores <= KEPT_CORES:
-                return
-            heapq.heappop(self._waiting)
-            if not turn.done():
-                self._free_cores -= 1
-                turn.set_result(None)
-                return
+    def _leave_core(self, job: Future[Any]) -> None:
+        is_live = self._on_core.pop(job, None)
+        if is_live is not None:
+            self._free_core(is_live=is_live)
+
+    def _free_core(self, *, is_live: bool) -> None:
+        self._free += 1
+        self._free_of_recorded += not is_live
+        self._grant()
 
     def _is_hung(self, job: Future[Any]) -> bool:
         begun_s = self._begun_s.get(job)

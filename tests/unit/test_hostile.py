@@ -73,7 +73,7 @@ def test_death_is_a_finding_beside_what_was_measured() -> None:
     health = Health(frames=30, p50_ms=1.0, p99_ms=2.0, service_p99_ms=1.0, lost=0)
     outcome = {"counts": {"opened": 7}, "first_findings": []}
     told = describe_attack(
-        attack, outcome, alone=health, beside=None, beside_control=None, exit_code=-9, notices=["gone"]
+        attack, outcome, alone=health, beside=None, beside_control=None, exit_code=-9, ended="gone"
     )
     assert told["counts"] == {"opened": 7}
     assert (told["alone"]["p99_ms"], told["beside"], told["p99_ratio"]) == (2.0, None, None)
@@ -81,7 +81,7 @@ def test_death_is_a_finding_beside_what_was_measured() -> None:
     assert told["first_findings"][1] == "the honest stream ended: gone"
     slow = replace(health, p99_ms=3.0)
     survived = describe_attack(
-        attack, outcome, alone=health, beside=health, beside_control=slow, exit_code=None, notices=()
+        attack, outcome, alone=health, beside=health, beside_control=slow, exit_code=None, ended=None
     )
     assert (survived["first_findings"], survived["p99_ratio"]) == ([], 1.0)
     assert survived["p99_ratio_control"] == 1.5
@@ -108,7 +108,7 @@ def test_server_that_died_is_not_measured_beside_the_control(
 ) -> None:
     monkeypatch.setattr("trocar_bench.hostile.SETTLE_S", 0.0)
     server = SimpleNamespace(pid=os.getpid(), address="", exit_code=exit_code, is_running=exit_code is None)
-    live = SimpleNamespace(due_ns=[], is_over=False)
+    live = SimpleNamespace(due_ns=[], is_over=False, failure=None)
     bench = ShortAttacks()
     attack = Onslaught(kind="loris", count=200, is_counted=False)
     bench._run_attack(attack, server, live, Patient())  # type: ignore[arg-type]

@@ -31,9 +31,12 @@ class Jobs:
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    monkeypatch.setattr("trocar.stream_threads.LONG_JOB_S", 60.0)
+def jobs() -> Jobs:
     return Jobs()
+
+
+def make_threads(*, cores: int = 2, patience_s: float = 60.0) -> StreamThreads:
+    return StreamThreads(8, cores=cores, hung_after_s=60, long_job_s=60, patience_s=patience_s)
 
 
 def start(threads: StreamThreads, jobs: Jobs, name: str, *, is_live: bool) -> "asyncio.Task[str]":
@@ -41,7 +44,7 @@ def start(threads: StreamThreads, jobs: Jobs, name: str, *, is_live: bool) -> "a
 
 
 async def test_no_more_jobs_than_cores_and_live_ones_overtake(jobs: Jobs) -> None:
-    threads = StreamThreads(8, cores=2, hung_after_s=60)
+    threads = make_threads()
     running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
     await jobs.until_begun("a", "b")
     patient = start(threads, jobs, "recorded", is_live=False)
@@ -58,7 +61,7 @@ async def test_no_more_jobs_than_cores_and_live_ones_overtake(jobs: Jobs) -> Non
 
 
 async def test_jobs_of_other_streams_leave_a_core_to_live_ones(jobs: Jobs) -> None:
-    threads = StreamThreads(8, cores=2, hung_after_s=60)
+    threads = make_threads()
     recorded = [start(threads, jobs, name, is_live=False) for name in ("first", "second")]
     await jobs.until_begun("first")
     live = start(threads, jobs, "live", is_live=True)
@@ -74,7 +77,7 @@ async def test_jobs_of_other_streams_leave_a_core_to_live_ones(jobs: Jobs) -> No
 
 
 async def test_one_core_is_taken_for_two(jobs: Jobs) -> None:
-    threads = StreamThreads(2, cores=1, hung_after_s=60)
+    threads = make_threads(cores=1)
     jobs.let_go("recorded")
     assert await start(threads, jobs, "recorded", is_live=False) == "recorded"
     threads.close()
@@ -84,7 +87,7 @@ async def test_one_core_is_taken_for_two(jobs: Jobs) -> None:
 async def test_job_that_is_cancelled_while_it_waits_takes_no_core_along(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, is_handed_a_core: bool
 ) -> None:
-    threads = StreamThreads(8, cores=2, hung_after_s=60)
+    threads = make_threads()
     running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
     await jobs.until_begun("a", "b")
     given_up, next_one = (start(threads, jobs, name, is_live=True) for name in ("given up", "next"))
@@ -108,11 +111,35 @@ async def test_job_that_is_cancelled_while_it_waits_takes_no_core_along(
     threads.close()
 
 
-async def test_jobs_that_hang_are_told_and_keep_their_core_for_a_moment_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("trocar.stream_threads.LONG_JOB_S", 0.02)
-    threads, jobs = StreamThreads(3, cores=2, hung_after_s=0.4), Jobs()
+async def test_job_runs_on_the_core_that_one_live_stream_leaves(jobs: Jobs) -> None:
+    threads = make_threads()
+    live = start(threads, jobs, "live", is_live=True)
+    await jobs.until_begun("live")
+    jobs.let_go("recorded")
+    assert await start(threads, jobs, "recorded", is_live=False) == "recorded"
+    jobs.let_go("live")
+    await live
+    threads.close()
+
+
+async def test_job_that_has_waited_long_is_overtaken_no_more(jobs: Jobs) -> None:
+    threads = make_threads(patience_s=0.01)
+    running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
+    await jobs.until_begun("a", "b")
+    recorded = start(threads, jobs, "recorded", is_live=False)
+    await asyncio.sleep(0.02)
+    late = start(threads, jobs, "late", is_live=True)
+    await asyncio.sleep(0)
+    jobs.let_go("a")
+    await jobs.until_begun("recorded")
+    assert "late" not in jobs.begun
+    jobs.let_go("b", "recorded", "late")
+    await asyncio.gather(*running, recorded, late)
+    threads.close()
+
+
+async def test_jobs_that_hang_are_told_and_keep_their_core_for_a_moment_only(jobs: Jobs) -> None:
+    threads = StreamThreads(3, cores=2, hung_after_s=0.4, long_job_s=0.02)
     hung = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
     await jobs.until_begun("a", "b")
     jobs.let_go("good")

@@ -15,19 +15,23 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from trocar.calls import CALL_BURST
-from trocar.config import ServerConfig
+from trocar.calls import CALL_BURST, CallTurns
+from trocar.config import ServerConfig, split_address
 from trocar.decode import PacketDecoder
 from trocar.errors import ConfigError
 from trocar.server import TrackingServer
 from trocar.session import SESSION_THREADS, Session
 from trocar.v1 import tracking_pb2 as pb
 from trocar.v1 import tracking_pb2_grpc as pb_grpc
+from trocar_bench.assault import PREFACE, RESETS_AT_ONCE, SETTINGS, Peer, frame, write_resets
 from trocar_engines.errors import CheckpointError
 from trocar_engines.masklets import UInt8Array
 from wire.calls import RED_POINT, Call, accounted_ids, count_keyframe_requests, results_of, until, warnings_of
 from wire.clips import draw_frames, encode_clip, encode_jpeg
 from wire.fakes import FakeCard, FakeScheduler, resize_linear
+
+MOST_CALLS = max(CALL_BURST, 2 * ServerConfig().max_streams)
+"""Of one connection at once, where hardly any come in the long run."""
 
 
 async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
@@ -50,7 +54,10 @@ async def test_ninth_stream_is_refused_and_a_freed_place_is_given_away(
 async def test_calls_that_say_nothing_hold_no_place(
     channel: aio.Channel, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trocar.calls.CALL_BURST", 64)
+    async def let_all_pass(turns: CallTurns, peer: str) -> None:
+        """Turns are another matter."""
+
+    monkeypatch.setattr(CallTurns, "wait", let_all_pass)
     silent = [pb_grpc.TrackingServiceStub(channel).Track() for _ in range(32)]  # type: ignore[call-arg]
     for one in silent:
         await one.wait_for_connection()
@@ -65,13 +72,16 @@ async def test_calls_that_say_nothing_hold_no_place(
 
 
 async def test_connection_that_calls_without_end_waits_and_another_gets_in(
-    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+    scheduler: FakeScheduler,
 ) -> None:
-    monkeypatch.setattr("trocar.calls.LONGEST_TURN_S", 0.3)
+    config = ServerConfig(address="127.0.0.1:0", max_calls_per_s=0.01, shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize_linear)
+    server._servicer.turns._longest_s = 0.3
+    await server.start()
+    await server.warm_up()
 
     async def ask(channel: aio.Channel) -> grpc.StatusCode:
-        question = channel.unary_unary(path, None, None)(b"")
-        return await question.code()
+        return await channel.unary_unary(path, None, None)(b"").code()
 
     for path in (
         "/trocar.v1.TrackingService/GetServerInfo",
@@ -84,13 +94,54 @@ async def test_connection_that_calls_without_end_waits_and_another_gets_in(
             aio.insecure_channel(server.address, own_pool) as greedy,
             aio.insecure_channel(server.address, own_pool) as modest,
         ):
-            codes = await asyncio.gather(*(ask(greedy) for _ in range(2 * CALL_BURST)))
+            codes = await asyncio.gather(*(ask(greedy) for _ in range(2 * MOST_CALLS)))
             good = await ask(modest)
-            assert codes.count(good) in range(CALL_BURST, CALL_BURST + 3), path
-            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == len(codes) - codes.count(good)
-            stream = Call(greedy)
-            assert (await stream.read_failure())[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert codes.count(good) == MOST_CALLS, path
+            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == MOST_CALLS
+            code, details = await Call(greedy).read_failure()
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "limit max_calls_per_s" in details
             await Call(modest).open()
+    refusals = server._servicer.metrics.refusals.labels("max_calls_per_s")
+    assert refusals._value.get() == 3 * (MOST_CALLS + 1)
+    await server.stop()
+
+
+async def test_calls_that_are_cancelled_at_once_are_refused_by_grpc(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = 0
+
+    async def count_and_wait(turns: CallTurns, peer: str) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(turns, peer)
+
+    wait = CallTurns.wait
+    monkeypatch.setattr(CallTurns, "wait", count_and_wait)
+    host, port = split_address(server.address)
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(PREFACE + frame(SETTINGS))
+    answering = asyncio.ensure_future(Peer(reader, writer).answer())
+    for round_number in range(20):
+        writer.write(write_resets(1 + 2 * RESETS_AT_ONCE * round_number))
+        await writer.drain()
+        await asyncio.sleep(0.02)
+    assert MOST_CALLS < waits < 20 * RESETS_AT_ONCE / 10
+    answering.cancel()
+    writer.close()
+
+
+async def test_calls_before_the_server_is_ready_do_not_count(scheduler: FakeScheduler) -> None:
+    config = ServerConfig(address="127.0.0.1:0", max_calls_per_s=0.01, shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    async with aio.insecure_channel(server.address) as channel:
+        for _ in range(2 * MOST_CALLS):
+            assert (await Call(channel).read_failure())[0] == grpc.StatusCode.UNAVAILABLE
+        await server.warm_up()
+        await Call(channel).open()
+    await server.stop()
 
 
 async def test_live_stream_is_read_no_faster_than_its_rate(scheduler: FakeScheduler) -> None:
