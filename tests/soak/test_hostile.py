@@ -44,15 +44,19 @@ def test_server_that_dies_in_an_attack_is_a_finding_beside_the_figures(
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--tls",)], ids=["plain", "tls"])
 def test_floods_and_peers_that_say_nothing_end_neither_server_nor_honest_stream(
-    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attacks = [word for kind in ("flood", "loris", "connections", "paths") for word in ("--attack", kind)]
+    monkeypatch.setattr("trocar_bench.hostile.SETTLE_S", 0.3)
+    kinds = ("malformed", "flood", "loris", "connections", "resets", "paths")
+    attacks = [word for kind in kinds for word in ("--attack", kind)]
     assert main((*SHORT, *flags, *attacks, "--connections", "50")) == 0, capsys.readouterr().out
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     for kind, what in (
         ("flood", "done"),
         ("loris", "opened"),
         ("connections", "opened"),
+        ("malformed", "done"),
+        ("resets", "opened"),
         ("paths", "opened"),
     ):
         assert told["attacks"][kind]["beside_control"]["frames"] > 0, kind
