@@ -86,6 +86,7 @@ CURVE_POINTS = 11
 LARGEST_RATIOS = {"malformed": 1.2, "volume": None, "files": 1.2}
 """Of p99 beside an attack to p99 alone, as promised; 2 for the others, nothing without limits."""
 LIFTED = ("--max-calls-per-s", "100000", "--max-prompts-per-s", "10000")
+"""For volume: prompts by the thousand, each of them a case; `--rate` says how many."""
 OTHER_RATIO = 2.0
 
 
@@ -220,8 +221,8 @@ class HostileBench:
         """Attack, and measure.
 
         Raises:
-            TrocarError: the server does not start, the honest stream does not, or the system allows too few
-                open files for the attack.
+            TrocarError: for the first attack the server or the honest stream does not start, or the system
+                allows too few open files; later it is a finding.
         """
         options = self._options
         attacks = self._list_attacks()

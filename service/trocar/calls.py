@@ -161,7 +161,7 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return answer
 
-    async def _refuse_unknown(self, requests: AsyncIterator[bytes], context: Context) -> None:  # noqa: ARG002
+    async def _refuse_unknown(self, _: AsyncIterator[bytes], context: Context) -> None:
         await self._wait(context)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such method: see trocar.v1")
 

@@ -46,7 +46,7 @@ class ServerConfig:
         max_message_bytes: one request; a 4K RGB24 frame takes 25 MB.
         max_picture_pixels: width times height of one picture; guards against decompression bombs.
         max_calls_per_s: of one connection in the long run, of whatever kind; `calls.CALL_BURST` more may come
-            at once.
+            at once, or twice `max_streams`.
         max_prompts_per_s: of one stream in the long run; one for each object may come at once.
         max_requests_per_s: of one stream: frames of a live one, and prompts, removals and the like of any;
             beyond that reading waits.

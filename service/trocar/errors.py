@@ -11,7 +11,7 @@
     ├── ForbiddenError          a client that may not open what it asked for
     ├── LimitError              a stream beyond one of the server's limits
     │   └── UnreadError         a client that does not read
-    ├── DecoderHungError        a packet whose decoding does not end
+    ├── DecoderHungError        decoding or coding that does not end
     ├── SourceError             INPUT that cannot be read as video
     ├── ResultError             results that cannot be written
     └── ConnectionFailedError   a server that cannot be reached, or ended the call
@@ -94,7 +94,7 @@ class UnreadError(LimitError):
 
 
 class DecoderHungError(TrocarError):
-    """A packet whose decoding does not end; the stream is given up."""
+    """Decoding, reading a prompt or coding masks that does not end; the stream is given up."""
 
 
 class SourceError(TrocarError):

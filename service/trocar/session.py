@@ -65,7 +65,7 @@ MOST_EARLY_PROMPTS = 16
 """Prompts that wait for a frame which has not come yet."""
 MOST_DROPPED_IDS = 1_024
 """Reported in one result, as the contract says; the total goes on counting."""
-NOT_THE_REQUEST = (ServerNotReadyError, DeviceFaultError)
+NOT_THE_REQUEST = (ServerNotReadyError, DeviceFaultError, DecoderHungError)
 """Failures to which no other request would be the answer: they end the stream, and another server goes on."""
 SESSION_THREADS = 2
 """That a stream keeps busy: one decodes, one encodes; each is awaited before its next job."""
@@ -131,7 +131,7 @@ class Session:
         Raises:
             ContractError: the client broke the contract.
             LimitError: the client fell silent, or does not read.
-            DecoderHungError: a packet's decoding, or coding of masks, does not end.
+            DecoderHungError: decoding a packet, reading a prompt or coding masks does not end.
             ServerNotReadyError: the tracker stopped, or the server shut down before the client had finished.
         """
         failure: BaseException | None = None
@@ -401,6 +401,8 @@ class Session:
             width_px, height_px = self._find_picture_size(message.frame_id)
             # In a thread: a mask of many pixels takes long enough for other streams to feel it.
             prompt = await self._compute("reading a prompt", read_prompt, message, width_px, height_px)
+        except NOT_THE_REQUEST:
+            raise
         except TrocarError as error:
             return self._reject(message, _rejection_reason(error), str(error))
         outcome = self._stream.prompt(prompt)

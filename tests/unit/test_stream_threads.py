@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from trocar.stream_threads import StreamThreads
+from wire.calls import until
 
 
 class Jobs:
@@ -25,9 +26,7 @@ class Jobs:
             self._gates.setdefault(name, threading.Event()).set()
 
     async def until_begun(self, *names: str) -> None:
-        async with asyncio.timeout(10):
-            while not set(names) <= set(self.begun):  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until(lambda: set(names) <= set(self.begun))
 
 
 @pytest.fixture
@@ -43,10 +42,16 @@ def start(threads: StreamThreads, jobs: Jobs, name: str, *, is_live: bool) -> "a
     return asyncio.create_task(threads.run(jobs.work, name, is_live=is_live))
 
 
-async def test_no_more_jobs_than_cores_and_live_ones_overtake(jobs: Jobs) -> None:
-    threads = make_threads()
+async def take_both_cores(threads: StreamThreads, jobs: Jobs) -> "list[asyncio.Task[str]]":
+    """Live jobs a and b, begun."""
     running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
     await jobs.until_begun("a", "b")
+    return running
+
+
+async def test_no_more_jobs_than_cores_and_live_ones_overtake(jobs: Jobs) -> None:
+    threads = make_threads()
+    running = await take_both_cores(threads, jobs)
     patient = start(threads, jobs, "recorded", is_live=False)
     await asyncio.sleep(0)
     urgent = start(threads, jobs, "live", is_live=True)
@@ -88,8 +93,7 @@ async def test_job_that_is_cancelled_while_it_waits_takes_no_core_along(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, is_handed_a_core: bool
 ) -> None:
     threads = make_threads()
-    running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
-    await jobs.until_begun("a", "b")
+    running = await take_both_cores(threads, jobs)
     given_up, next_one = (start(threads, jobs, name, is_live=True) for name in ("given up", "next"))
     await asyncio.sleep(0)
 
@@ -124,8 +128,7 @@ async def test_job_runs_on_the_core_that_one_live_stream_leaves(jobs: Jobs) -> N
 
 async def test_job_that_has_waited_long_is_overtaken_no_more(jobs: Jobs) -> None:
     threads = make_threads(patience_s=0.01)
-    running = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
-    await jobs.until_begun("a", "b")
+    running = await take_both_cores(threads, jobs)
     recorded = start(threads, jobs, "recorded", is_live=False)
     await asyncio.sleep(0.02)
     late = start(threads, jobs, "late", is_live=True)
@@ -140,8 +143,7 @@ async def test_job_that_has_waited_long_is_overtaken_no_more(jobs: Jobs) -> None
 
 async def test_jobs_that_hang_are_told_and_keep_their_core_for_a_moment_only(jobs: Jobs) -> None:
     threads = StreamThreads(3, cores=2, hung_after_s=0.4, long_job_s=0.02)
-    hung = [start(threads, jobs, name, is_live=True) for name in ("a", "b")]
-    await jobs.until_begun("a", "b")
+    hung = await take_both_cores(threads, jobs)
     jobs.let_go("good")
     assert await start(threads, jobs, "good", is_live=True) == "good"
     assert not any(one.done() for one in hung)
@@ -149,7 +151,5 @@ async def test_jobs_that_hang_are_told_and_keep_their_core_for_a_moment_only(job
     assert [type(one) for one in failures] == [TimeoutError, TimeoutError]
     assert (threads.hung, threads.working) == (2, 2)
     jobs.let_go("a", "b")
-    async with asyncio.timeout(10):
-        while threads.working:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: not threads.working)
     threads.close()

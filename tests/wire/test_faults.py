@@ -446,6 +446,28 @@ async def test_client_with_another_address_leaves_a_draining_server_without_a_lo
 # watchdogs of the server
 
 
+@pytest.mark.parametrize("work", ["trocar.session.read_prompt", "trocar.session.masks_from_logits"])
+async def test_prompt_or_masks_that_hang_end_their_stream_by_name(
+    scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(work, lambda *_, **__: hangs.wait(20))
+    config = ServerConfig(address="127.0.0.1:0", max_decode_s=0.3, shutdown_grace_s=0)
+    server = TrackingServer(config, scheduler, resize_linear)
+    await server.start()
+    await server.warm_up()
+    async with aio.insecure_channel(server.address) as channel:
+        victim = Call(channel)
+        await victim.open()
+        await victim.frames(encode_clip(draw_frames(1)))
+        await victim.prompt_red(0)
+        code, details = await victim.read_failure()
+    assert (code.name, "limit max_decode_s" in details) == ("INTERNAL", True)
+    hangs.set()
+    await until(lambda: not server.has_hung_threads)
+    await server.stop()
+
+
 async def test_decoder_that_hangs_costs_its_stream_only(scheduler: FakeScheduler) -> None:
     hangs = threading.Event()
 
