@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trocar_engines.masklets import Prompt
     from trocar_engines.models import ModelEntry
     from trocar_engines.scheduler import SchedulerConfig
+    from trocar_engines.training.train import Stage
 
 
 EXIT_EXPECTED_FAILURE = 2
@@ -865,14 +866,38 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="checkpoints, log and weights")
     parser.add_argument("--model", default="sam2s-nano", help="network (default %(default)s)")
     parser.add_argument(
-        "--clips", type=Path, default=Path("runs/clips"), help="folder of rendered clips; filled when short"
-    )
-    parser.add_argument("--scenes", type=int, default=1300, help="synthetic operations to render")
-    parser.add_argument("--worlds", type=int, default=700, help="synthetic worlds beyond surgery to render")
-    parser.add_argument(
         "--real", type=Path, action="append", default=[], metavar="FOLDER", help="own clips in DAVIS layout"
     )
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="end by then, the learning rate falling with the time: for a machine that is lent",
+    )
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="its peak (default %(default)s)")
+    parser.add_argument(
+        "--stage",
+        type=_read_stage,
+        action="append",
+        metavar="SIZE:CLIPS:FRAMES:SHARE",
+        help="side of the pictures, clips a step, frames of each, share of the steps; once for each stage "
+        "(default: 192:6:5:0.55 and 256:4:6:0.45, on a GPU 256:64:10:1)",
+    )
+    parser.add_argument("--objects", type=int, default=2, help="objects of each clip (default %(default)s)")
+    parser.add_argument(
+        "--clip-frames", type=int, default=16, help="length of rendered clips (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pool", type=int, default=600, help="rendered clips at hand at a time (default %(default)s)"
+    )
+    parser.add_argument(
+        "--fresh",
+        type=int,
+        default=2,
+        help="clips rendered for each step, in the place of the oldest (default %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that render (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to begin with")
     parser.add_argument(
@@ -887,16 +912,30 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/windows"),
         help="folder of rendered windows, for --only; filled when short, 35 to 90 a scene",
     )
+    parser.add_argument(
+        "--scenes", type=int, default=1300, help="operations to render windows of, for --only"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for every core")
+
+
+def _read_stage(text: str) -> "Stage":
+    from trocar_engines.training.train import Stage
+
+    try:
+        size_px, clips, frames, share = text.split(":")
+        return Stage(size_px=int(size_px), clips=int(clips), frames=int(frames), share=float(share))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected SIZE:CLIPS:FRAMES:SHARE, as in 256:4:6:1"
+        ) from error
 
 
 def _train(options: argparse.Namespace) -> int:
     from trocar_engines.models import cpu_threads, set_torch_threads
     from trocar_engines.network.config import network_config
     from trocar_engines.training.appearance import render_views
-    from trocar_engines.training.store import render_store
-    from trocar_engines.training.train import Progress, TrainConfig, train
+    from trocar_engines.training.train import GPU_STAGES, STAGES, Progress, TrainConfig, train
     from trocar_engines.training.windows import fill_store, render_windows
 
     if options.only and options.start_from is None:
@@ -904,35 +943,32 @@ def _train(options: argparse.Namespace) -> int:
     if options.only == "classes" and options.real:
         raise TrocarError("--real clips name no classes: --only classes renders its own pictures")
     threads = options.threads or cpu_threads()
-    size_px = network_config(options.model).input_size_px
-    rendered = itertools.count(1)
     if options.only:
+        rendered = itertools.count(1)
         with _show_progress("rendering windows", options.scenes) as on_ground:
             fill_store(
                 render_windows if options.only == "classes" else render_views,
                 options.windows,
-                size_px=size_px,
+                size_px=network_config(options.model).input_size_px,
                 grounds=options.scenes,
                 workers=threads,
                 on_ground=lambda: on_ground(next(rendered)),
-            )
-    else:
-        with _show_progress("rendering clips", options.scenes + options.worlds) as on_clip:
-            render_store(
-                options.clips,
-                size_px=size_px,
-                scenes=options.scenes,
-                worlds=options.worlds,
-                workers=threads,
-                on_clip=lambda: on_clip(next(rendered)),
             )
     set_torch_threads(threads)
     config = TrainConfig(
         model=options.model,
         out=options.out,
-        clips=options.clips,
         real=tuple(options.real),
+        clip_frames=options.clip_frames,
+        pool_clips=options.pool,
+        first_clips=min(options.pool, 200),
+        fresh_clips=options.fresh,
+        workers=options.workers,
         steps=options.steps,
+        minutes=options.minutes,
+        learning_rate=options.learning_rate,
+        objects=options.objects,
+        stages=tuple(options.stage or (GPU_STAGES if options.device.startswith("cuda") else STAGES)),
         seed=options.seed,
         start_from=options.start_from,
         device=options.device,

@@ -5,7 +5,6 @@ Some differ in nothing but tape round the shaft. Views of two casts that show th
 object, since nothing could tell them apart.
 """
 
-import colorsys
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,21 +21,19 @@ from trocar_engines.network.appearance import EVEN, LEAST_AREA, SHAFT, SHARPNESS
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.window import find_pose
 from trocar_engines.training import windows
-from trocar_engines.training.canvas import Material, Segment
+from trocar_engines.training.canvas import Material
 from trocar_engines.training.instruments import (
     INSTRUMENT_KINDS,
-    Instrument,
     Style,
     draw_instrument,
     draw_style,
-    wrap_in_tape,
 )
 from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
-from trocar_engines.training.sampling import FEWEST_PIXELS
+from trocar_engines.training.pool import FEWEST_PIXELS
+from trocar_engines.training.returns import TapedInstrument, draw_rings, draw_tape
 from trocar_engines.training.scenes import Cast, Performer, Scene, SceneConfig
 from trocar_engines.training.store import NO_CLASS, StoredClip, identify_renderer
-from trocar_engines.training.texture import Colour
 from trocar_engines.training.tissue import Structure, draw_palette, draw_structure
 from trocar_engines.training.windows import normal, roughen, write_arrays
 
@@ -57,8 +54,6 @@ NOTHING = -1
 """Instead of an object's number: tissue or several objects at once, like nothing else."""
 TWIN = -2
 """Instead of the number of an object that is left out."""
-LEAST_CONTRAST = 0.35
-"""Distance of a tape's colour from the shaft's."""
 
 
 class Views(NamedTuple):
@@ -86,31 +81,6 @@ class _Looks:
     rings: tuple[tuple[float, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Taped:
-    """An instrument with rings of tape."""
-
-    instrument: Instrument
-    tape: Material
-    rings: tuple[tuple[float, float], ...]
-
-    @property
-    def kind(self) -> str:
-        return self.instrument.kind
-
-    @property
-    def radius(self) -> float:
-        return self.instrument.radius
-
-    def parts(self, time_s: float) -> list[Segment]:
-        parts = self.instrument.parts(time_s)
-        parts[1:1] = wrap_in_tape(self.instrument.wrist(time_s), self.rings, self.tape)
-        return parts
-
-    def smear(self, time_s: float, shutter_s: float) -> float:
-        return self.instrument.smear(time_s, shutter_s)
-
-
 def _draw_families(rng: np.random.Generator) -> list[_Looks]:
     pool: list[_Looks] = []
     kind = ""
@@ -121,31 +91,13 @@ def _draw_families(rng: np.random.Generator) -> list[_Looks]:
         radius = math.exp(rng.uniform(math.log(0.05), math.log(0.15)))
         pool.append(_Looks(kind=kind, style=style, radius=radius, tape=None, rings=()))
         for _ in range(int(rng.choice([0, 1, 2], p=[0.1, 0.6, 0.3]))):
-            pool.append(replace(pool[-1], tape=_draw_tape(rng, style), rings=_draw_rings(rng)))
+            pool.append(replace(pool[-1], tape=draw_tape(rng, style), rings=draw_rings(rng)))
     return pool
 
 
 def _stained(style: Style, stain: float) -> Style:
     parts = {name: replace(getattr(style, name), stain=stain) for name in ("shaft", "wrist", "tip")}
     return replace(style, **parts)
-
-
-def _draw_tape(rng: np.random.Generator, style: Style) -> Material:
-    while True:
-        saturation = rng.uniform(0.5, 1.0) if rng.random() < 0.7 else 0.0
-        red, green, blue = colorsys.hsv_to_rgb(rng.uniform(0, 1), saturation, rng.uniform(0.05, 1.0))
-        colour: Colour = (red, green, blue)
-        if math.dist(colour, style.shaft.colour) >= LEAST_CONTRAST:
-            return Material(colour, gloss=rng.uniform(0.05, 0.5), roundness=0.6, texture=0.05)
-
-
-def _draw_rings(rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
-    rings, end = [], -rng.uniform(0.9, 4.0)
-    for _ in range(int(rng.integers(1, 4))):
-        start = end - rng.uniform(0.8, 3.5)
-        rings.append((start, end))
-        end = start - rng.uniform(0.8, 3.0)
-    return tuple(rings)
 
 
 def _draw_cast(
@@ -168,7 +120,7 @@ def _draw_cast(
             liveliness=rng.uniform(0.2, 1.6),
         )
         player = replace(player, radius=looks.radius * rng.uniform(0.8, 1.25))
-        players.append(player if looks.tape is None else _Taped(player, looks.tape, looks.rings))
+        players.append(player if looks.tape is None else TapedInstrument(player, looks.tape, looks.rings))
     shown = structures if rng.random() < 0.25 else ()
     numbers += range(len(pool), len(pool) + len(shown))
     camera, optics = draw_camera(rng, rng.uniform(0.0, 1.3)), _vary(rng, tower.optics)

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from trocar_engines.network.sam2s import AllMasks
 from trocar_engines.training.store import NO_CLASS
 
+LABEL_SMOOTHING = 0.02
+"""Of classes: some pictures show nothing that tells them."""
 FOCAL_GAMMA = 2.0
 ARL_KERNEL, ARL_SIGMA = 5, 1.0
 """Ambiguity-resilient learning softens labels with a 5x5 Gaussian of sigma 1 (SAM2S)."""
+OUTLINE_WEIGHT = 1.0
+"""How much more a pixel on the outline counts, where a soft label is one half. Thin parts are all outline."""
 LARGEST_BALANCE = 6.0
 """An object's pixels weigh up to so much more than the background's; without it small networks trained from
 scratch collapse to background."""
@@ -58,7 +62,8 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
         logits, target.expand_as(logits), reduction="none"
     )
     difficulty = (target - logits.sigmoid()).abs() ** FOCAL_GAMMA
-    return (cross_entropy * difficulty * (1 + (balance - 1) * target)).mean(dim=(-1, -2))
+    outline = 1 + OUTLINE_WEIGHT * 4 * target * (1 - target)
+    return (cross_entropy * difficulty * outline * (1 + (balance - 1) * target)).mean(dim=(-1, -2))
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +81,9 @@ def true_iou(logits: Tensor, target: Tensor) -> Tensor:
     return (mask & truth).sum(dim=(-1, -2)) / union
 
 
-def mask_loss(every: AllMasks, masks: Tensor, weights: LossWeights, *, is_single_used: bool) -> Tensor:
+def mask_loss(
+    every: AllMasks, masks: Tensor, counts: Tensor, weights: LossWeights, *, is_single_used: bool
+) -> Tensor:
     """ARL, dice, IoU and occlusion over all candidates of the decoder.
 
     The three masks of a multimask compete: only the best learns to draw, all learn to judge themselves. The
@@ -85,6 +92,7 @@ def mask_loss(every: AllMasks, masks: Tensor, weights: LossWeights, *, is_single
     Args:
         every: of B objects.
         masks: float [B, S, S], 0 or 1; an empty one is an absent object.
+        counts: float [B], 0 for objects from which nothing is learnt, else 1.
         weights: of the terms.
         is_single_used: whether the single mask is among those that learn to draw.
 
@@ -106,20 +114,26 @@ def mask_loss(every: AllMasks, masks: Tensor, weights: LossWeights, *, is_single
     occlusion = nn.functional.binary_cross_entropy_with_logits(
         every.presence_logit.float(), is_present, reduction="none"
     )
-    return (drawn * is_present).sum() / is_present.sum().clamp(min=1) + weights.occlusion * occlusion.mean()
+    return _mean(drawn, is_present * counts) + weights.occlusion * _mean(occlusion, counts)
 
 
-def readout_loss(readout: Tensor, masks: Tensor) -> Tensor:
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    return (values * counts).sum() / counts.sum().clamp(min=1)
+
+
+def readout_loss(readout: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
     """Focal and dice loss of the affinity readout [B, 1, 2h, 2w] alone, so that keys learn to match."""
     logits = readout.float()
     truth = nn.functional.adaptive_avg_pool2d(masks.unsqueeze(1), logits.shape[-1])
     is_present = (masks.flatten(1).sum(dim=1) > 0).float()
     loss = (5 * focal_loss(logits, truth) + dice_loss(logits, truth)).squeeze(1)
-    return (loss * is_present).sum() / is_present.sum().clamp(min=1)
+    return _mean(loss, is_present * counts)
 
 
 def class_loss(class_logits: Tensor, classes: Tensor) -> Tensor:
     """InfoNCE of the class embedding against the vocabulary; nothing where a sample has no class."""
-    if not (classes != NO_CLASS).any():
-        return class_logits.sum() * 0.0
-    return nn.functional.cross_entropy(class_logits.float(), classes, ignore_index=NO_CLASS)
+    known = (classes != NO_CLASS).float()
+    losses = nn.functional.cross_entropy(
+        class_logits.float(), classes.clamp(min=0), reduction="none", label_smoothing=LABEL_SMOOTHING
+    )
+    return _mean(losses, known)

@@ -159,8 +159,11 @@ def _draw_cast(rng: np.random.Generator, config: SceneConfig) -> Cast:
     for _ in range(count):
         kind = str(rng.choice(config.kinds))
         style = draw_style(rng, kind)
-        if instruments and rng.random() < 0.35:  # a look-alike of the one before
+        absences = _draw_absences(rng, duration_s, is_first=not instruments)
+        if instruments and rng.random() < 0.25:
+            # A look-alike of the one before. Both stay: while one is away nobody could tell which.
             kind, style = instruments[-1].kind, instruments[-1].style
+            instruments[-1], absences = replace(instruments[-1], absences=()), ()
         instrument = draw_instrument(
             rng,
             kind,
@@ -168,7 +171,7 @@ def _draw_cast(rng: np.random.Generator, config: SceneConfig) -> Cast:
             entry_angle=rng.uniform(0, 2 * math.pi),
             home=(rng.uniform(-0.6, 0.6) * aspect, rng.uniform(-0.6, 0.6)),
             aspect=aspect,
-            absences=_draw_absences(rng, duration_s, is_first=not instruments),
+            absences=absences,
             liveliness=rng.uniform(0.2, 1.6),
         )
         instruments.append(instrument)

@@ -4,13 +4,14 @@ import ctypes
 import dataclasses
 import json
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -26,19 +27,30 @@ from trocar_engines.training.appearance import (
     collate_views,
     open_views,
 )
-from trocar_engines.training.episode import run_episode
-from trocar_engines.training.losses import LossWeights
-from trocar_engines.training.sampling import ClipSamples, Mix, Sample, collate
-from trocar_engines.training.store import StoredClip, load_davis, open_store
+from trocar_engines.training.episode import Episodes
+from trocar_engines.training.losses import LABEL_SMOOTHING, LossWeights
+from trocar_engines.training.pool import (
+    ClipPool,
+    LabelledFrames,
+    RenderedClips,
+    cut_stretches,
+    render_clips,
+)
+from trocar_engines.training.sampling import ClipSampler, Mix, Sample
+from trocar_engines.training.store import StoredClip, load_davis
 from trocar_engines.training.windows import Windows, WindowSamples, collate_windows, open_windows
 
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 WINDOWS_A_STEP = 128
 GROUNDS_A_STEP = 12
-LABEL_SMOOTHING = 0.02
-"""Of classes: some windows show nothing that tells them."""
 LOG_EVERY = 20
+PLAIN_STEPS = 3
+"""Steps before a GPU's are captured: libraries choose kernels, the optimiser takes its memory."""
+APPEARANCE_CLIPS, APPEARANCE_FRAMES = 600, 8
+"""Rendered clips of which the appearance head sees views."""
+CLIPS_A_SEED = 10_000_000
+"""Rendered clips of one training's seed never are another's."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Options of glibc's mallopt(3)."""
 
@@ -60,6 +72,14 @@ class Stage:
     share: float
 
 
+STAGES = (
+    Stage(size_px=192, clips=6, frames=5, share=0.55),
+    Stage(size_px=256, clips=4, frames=6, share=0.45),
+)
+GPU_STAGES = (Stage(size_px=256, clips=64, frames=10, share=1.0),)
+"""Takes some 50 GB with three objects a clip."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run.
@@ -67,9 +87,16 @@ class TrainConfig:
     Args:
         model: name of the network.
         out: folder for checkpoints, log and weights.
-        clips: folder of rendered clips, see `store.render_store`.
         real: folders in DAVIS layout that join the mix.
+        clip_frames: length of rendered clips and of the stretches of real ones.
+        worlds: share of rendered clips that show worlds beyond surgery.
+        pool_clips: rendered clips at hand at a time.
+        first_clips: rendered before the first step.
+        fresh_clips: rendered for each step, in the place of the oldest.
+        workers: processes that render; 0 renders between steps.
         steps: optimiser steps in all.
+        minutes: time for all of them, 0 for as long as it takes. When it is over the training ends, its rate
+            as low as after the last step: for a machine that is lent. Not the same by seed.
         learning_rate: peak, after warm-up; then half a cosine.
         weight_decay: of matrices and filters; biases and norms have none.
         objects: objects a clip.
@@ -87,16 +114,19 @@ class TrainConfig:
 
     model: str = "sam2s-nano"
     out: Path = Path("runs/nano")
-    clips: Path = Path("runs/clips")
     real: tuple[Path, ...] = ()
+    clip_frames: int = 16
+    worlds: float = 0.4
+    pool_clips: int = 600
+    first_clips: int = 200
+    fresh_clips: int = 2
+    workers: int = 1
     steps: int = 6000
+    minutes: float = 0.0
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     objects: int = 2
-    stages: tuple[Stage, ...] = (
-        Stage(size_px=192, clips=6, frames=4, share=0.55),
-        Stage(size_px=256, clips=4, frames=5, share=0.45),
-    )
+    stages: tuple[Stage, ...] = STAGES
     mix: Mix = field(default_factory=Mix)
     weights: LossWeights = field(default_factory=LossWeights)
     seed: int = 0
@@ -105,6 +135,17 @@ class TrainConfig:
     start_from: Path | None = None
     only: Literal["", "classes", "appearance"] = ""
     windows: Path = Path("runs/windows")
+
+    def __post_init__(self) -> None:
+        longest = max(stage.frames for stage in self.stages)
+        if longest > self.clip_frames:
+            raise TrocarError(
+                f"clips of {self.clip_frames} frames: a stage takes {longest}, render longer ones"
+            )
+        if self.first_clips < 1 or self.pool_clips < 1:
+            raise TrocarError(
+                f"{self.first_clips} of {self.pool_clips} clips at the start: at least one is needed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +169,22 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
         TrocarError: no clips; no parameter to learn; NaN loss.
     """
     _keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
     run = _Run(config)
     started = time.perf_counter()
     begun_at = run.step
     for batch in run.batches():
-        losses = run.advance(batch)
-        if run.step % LOG_EVERY == 0:
+        run.advance(batch)
+        is_last = run.progress >= 1
+        if run.step % LOG_EVERY == 0 or is_last:
+            losses = run.check_losses()
             seconds = (time.perf_counter() - started) / (run.step - begun_at)
             run.log(losses, seconds)
             on_step(Progress(step=run.step, steps=config.steps, losses=losses, seconds_per_step=seconds))
-        if run.step % config.save_every == 0 or run.step == config.steps:
+        if run.step % config.save_every == 0 or is_last:
             run.save()
+        if is_last:
+            break
     return run.weights_path
 
 
@@ -156,6 +202,38 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def _drawn_ahead(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """Samples drawn one ahead of their steps, on a thread and a CUDA stream of their own."""
+    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(maxsize=1)
+    is_over = threading.Event()
+
+    def draw() -> None:
+        stream = torch.cuda.Stream()
+        try:
+            with torch.cuda.stream(stream):
+                for sample in samples:
+                    stream.synchronize()
+                    ready.put(sample)
+                    if is_over.is_set():
+                        return
+            ready.put(None)
+        except BaseException as error:  # what went wrong here stops the training there
+            ready.put(error)
+
+    threading.Thread(target=draw, name="samples", daemon=True).start()
+    try:
+        while (drawn := ready.get()) is not None:
+            if isinstance(drawn, BaseException):
+                raise drawn
+            for tensor in drawn.tensors:
+                tensor.record_stream(torch.cuda.current_stream())
+            yield drawn
+    finally:
+        is_over.set()
+        while not ready.empty():
+            ready.get()
+
+
 class _Run:
     """State of a training: network, average, optimiser, step."""
 
@@ -164,6 +242,11 @@ class _Run:
         torch.manual_seed(config.seed)
         self.config = config
         self.step = 0
+        self.seconds = 0.0
+        self._begun = time.perf_counter()
+        self._parts: list[dict[str, torch.Tensor]] = []
+        self._replay: Callable[[], dict[str, torch.Tensor]] | None = None
+        self._episodes_of: tuple[int, ...] = ()
         self.size_px = 0
         self.network = self._build(config.stages[0].size_px)
         self.average: dict[str, torch.Tensor] = {
@@ -205,22 +288,45 @@ class _Run:
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+        self._replay = None
+        # A captured step reads its rate from the device.
+        return torch.optim.AdamW(
+            groups,
+            lr=torch.tensor(self.config.learning_rate, device=self.config.device),
+            betas=(0.9, 0.98),
+            fused=True,
+            capturable=torch.device(self.config.device).type == "cuda",
+        )
 
     def _resume(self) -> None:
         saved: dict[str, Any] = torch.load(
             self.checkpoint_path, weights_only=True, map_location=self.config.device
         )
-        self.step = saved["step"]
+        self.step, self.seconds = saved["step"], saved["seconds"]
         self.network = self._build(saved["size_px"])
         self.network.load_state_dict(saved["network"])
         self.average = saved["average"]
         self.optimiser = self._optimiser()
         self.optimiser.load_state_dict(saved["optimiser"])
 
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, by steps or by time, whichever is more."""
+        by_steps = self.step / self.config.steps
+        if not self.config.minutes:
+            return by_steps
+        return max(by_steps, (self.seconds + time.perf_counter() - self._begun) / 60 / self.config.minutes)
+
     def save(self) -> None:
+        """Write checkpoint and averaged weights.
+
+        Raises:
+            NaNLossError: of a step since the last check; nothing is written.
+        """
+        self.check_losses()
         saved = {
             "step": self.step,
+            "seconds": self.seconds + time.perf_counter() - self._begun,
             "size_px": self.size_px,
             "network": self.network.state_dict(),
             "average": self.average,
@@ -238,12 +344,12 @@ class _Run:
             return
         ends = np.cumsum([stage.share for stage in self.config.stages])
         ends = np.round(ends / ends[-1] * self.config.steps).astype(int)
-        begin = 0
         for stage, end in zip(self.config.stages, ends, strict=True):
             if self.step < end:
                 self._enter(stage.size_px)
-                yield from self._loader(stage, self.step - begin, int(end) - begin)
-            begin = int(end)
+                samples = self._samples(stage, self.step, int(end))
+                is_cuda = torch.device(self.config.device).type == "cuda"
+                yield from _drawn_ahead(samples) if is_cuda else samples
 
     def _enter(self, size_px: int) -> None:
         if size_px == self.size_px:
@@ -254,32 +360,47 @@ class _Run:
         self.optimiser = self._optimiser()
         self.optimiser.load_state_dict(optimiser)
 
-    def _loader(self, stage: Stage, done: int, steps: int) -> DataLoader[Sample]:
-        synthetic = open_store(self.config.clips, network_config(self.config.model).input_size_px)
-        if not synthetic:
-            raise TrocarError(
-                f"{self.config.clips}: holds no rendered clip; run `trocar train --render` first"
-            )
-        samples = ClipSamples(
-            synthetic,
-            self._real_clips(),
+    def _samples(self, stage: Stage, begin: int, end: int) -> Iterator[Sample]:
+        """The samples of a stage's steps from `begin` to before `end`; clips are rendered meanwhile."""
+        config, size_px = self.config, network_config(self.config.model).input_size_px
+        pool = ClipPool(
+            [stretch for clip in self._real_clips() for stretch in cut_stretches(clip, config.clip_frames)],
+            slots=config.pool_clips,
+            frames=config.clip_frames,
+            size_px=size_px,
+            device=config.device,
+        )
+        added = config.first_clips + begin * config.fresh_clips
+        # After a resumption those that the pool held, where it held them.
+        pool.added = max(0, added - config.pool_clips)
+        count = added - pool.added + (end - begin) * config.fresh_clips
+        rendered = self._render(config.clip_frames, pool.added, count)
+        for _ in range(added - pool.added):
+            pool.add(next(rendered))
+        sampler = ClipSampler(
+            pool,
+            clips=stage.clips,
             frames=stage.frames,
-            objects=self.config.objects,
+            objects=config.objects,
             size_px=stage.size_px,
-            mix=self.config.mix,
-            count=steps * stage.clips,
-            seed=self.config.seed + stage.size_px,
+            mix=config.mix,
+            seed=config.seed,
         )
-        left = Subset(samples, range(done * stage.clips, steps * stage.clips))
-        return DataLoader(
-            left,
-            batch_size=stage.clips,
-            num_workers=1,
-            prefetch_factor=4,
-            collate_fn=collate,
-            # One thread: two of OpenCV's own beside the training's would fight over the cores.
-            worker_init_fn=lambda _: cv2.setNumThreads(0),
+        for step in range(begin, end):
+            for _ in range(config.fresh_clips):
+                pool.add(next(rendered))
+            yield sampler.draw(step)
+
+    def _render(self, frames: int, begin: int, count: int) -> Iterator[LabelledFrames]:
+        config = self.config
+        clips = RenderedClips(
+            size_px=network_config(config.model).input_size_px,
+            frames=frames,
+            worlds=config.worlds,
+            begin=config.seed * CLIPS_A_SEED + begin,
+            count=count,
         )
+        return render_clips(clips, config.workers)
 
     def _window_loader(self) -> DataLoader[Windows]:
         config = self.config
@@ -297,7 +418,13 @@ class _Run:
             raise TrocarError(f"{config.windows}: holds no rendered view")
         samples = ViewSamples(
             grounds=grounds,
-            clips=open_store(config.clips, size_px) + self._real_clips(),
+            clips=self._real_clips()
+            + [
+                StoredClip(
+                    clip.pixels.numpy(), tuple(clip.classes[1 : clip.objects + 1].tolist()), is_dense=False
+                )
+                for clip in self._render(APPEARANCE_FRAMES, 0, APPEARANCE_CLIPS)
+            ],
             count=config.steps * GROUNDS_A_STEP,
             seed=config.seed,
         )
@@ -310,63 +437,120 @@ class _Run:
 
     def _rate(self) -> float:
         """Warm-up over 2% of the steps, then half a cosine to 1%."""
-        progress = self.step / self.config.steps
+        progress = min(1.0, self.progress)
         warm = min(1.0, progress / 0.02 + 1e-3)
         return self.config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def advance(self, batch: Sample | Windows | Views) -> dict[str, float]:
-        """One optimiser step; the parts of its loss."""
+    def advance(self, batch: Sample | Windows | Views) -> None:
+        """One optimiser step; what its loss was, `check_losses` tells."""
+        torch.manual_seed(self.config.seed * CLIPS_A_SEED + self.step)  # the same after a resumption
+        for group in self.optimiser.param_groups:
+            group["lr"].fill_(self._rate())
         match batch:
             case Windows():
-                loss, parts = self._judge(batch)
+                parts = self._learn(self._judge(batch))
             case Views():
-                loss, parts = self._compare(batch)
+                parts = self._learn(self._compare(batch))
             case Sample():
-                loss, parts = self._track(batch)
-        if not torch.isfinite(loss):
-            raise NaNLossError(
-                f"step {self.step}, seed {self.config.seed}: loss is {float(loss.detach())}; not saved"
-            )
+                parts = self._track(batch)
+        self._parts.append({name: value.clone() for name, value in parts.items()})
+        self.step += 1
+        self._update_average()
+
+    def _learn(self, judged: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Change the weights by a loss; it and its parts."""
+        loss, parts = judged
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._rate()
         self.optimiser.step()
-        self.step += 1
-        self._update_average()
-        return {"loss": float(loss.detach()), **parts}
+        return {"loss": loss.detach(), **parts}
 
-    def _track(self, batch: Sample) -> tuple[torch.Tensor, dict[str, float]]:
-        device = self.config.device
-        batch = Sample(
-            pixels=batch.pixels.to(device), masks=batch.masks.to(device), classes=batch.classes.to(device)
-        )
-        rng = np.random.default_rng([self.config.seed, 1, self.step])
-        return run_episode(self.network, batch, rng, self.config.weights)
+    def check_losses(self) -> dict[str, float]:
+        """Mean losses of the steps since the last check.
 
-    def _judge(self, batch: Windows) -> tuple[torch.Tensor, dict[str, float]]:
+        Raises:
+            NaNLossError: one is not a number.
+        """
+        if not self._parts:
+            return {}
+        names = list(self._parts[0])
+        table = torch.stack(
+            [torch.stack([parts[name].float() for name in names]) for parts in self._parts]
+        ).cpu()
+        is_bad = ~table[:, names.index("loss")].isfinite()
+        if is_bad.any():
+            bad = int(is_bad.int().argmax())
+            step = self.step - len(table) + bad
+            loss = float(table[bad, names.index("loss")])
+            raise NaNLossError(f"step {step}, seed {self.config.seed}: loss is {loss}; not saved")
+        self._parts = []
+        return dict(zip(names, table.mean(dim=0).tolist(), strict=True))
+
+    def _track(self, batch: Sample) -> dict[str, torch.Tensor]:
+        """One step on clips; on a GPU, after some plain ones, the replay of a captured one."""
+        if self._replay is not None:
+            for static, new in zip(self._static.tensors, batch.tensors, strict=True):
+                static.copy_(new)
+            return self._replay()
+        if self._episodes_of != batch.masks.shape:
+            clips, objects, frames = batch.masks.shape[:3]
+            self._episodes_of, self._plain_steps = batch.masks.shape, 0
+            self._episodes = Episodes(
+                self.network, self.config.weights, clips=clips, objects=objects, frames=frames
+            )
+        if not batch.pixels.is_cuda:
+            return self._learn(self._episodes.run(batch))
+        if self._plain_steps == 0:
+            self._side = torch.cuda.Stream()
+        self._plain_steps += 1
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            if self._plain_steps > PLAIN_STEPS:
+                return self._capture(batch)
+            parts = self._learn(self._episodes.run(batch))
+        torch.cuda.current_stream().wait_stream(self._side)
+        return parts
+
+    def _capture(self, batch: Sample) -> dict[str, torch.Tensor]:
+        """Capture a step, so that the host launches one graph instead of 40,000 kernels; and replay it."""
+        self._static = batch.cloned()
+        graph = torch.cuda.CUDAGraph()
+        # Samples are drawn on another thread meanwhile.
+        with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+            parts = self._learn(self._episodes.run(self._static))
+
+        def replay() -> dict[str, torch.Tensor]:
+            graph.replay()
+            return parts
+
+        self._replay = replay
+        torch.cuda.default_stream().wait_stream(self._side)
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return replay()
+
+    def _judge(self, batch: Windows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         seen, shape, classes = (values.to(self.config.device) for values in batch)
-        torch.manual_seed(self.config.seed + self.step)  # of what is dropped: the same after a resumption
         token = self.network.without_class_memory(len(classes))
         logits = self.network.semantic_head.judge(token, seen, shape)
         loss = torch.nn.functional.cross_entropy(logits, classes, label_smoothing=LABEL_SMOOTHING)
         is_right = logits.detach().argmax(1) == classes
-        return loss, {"right": float(is_right.float().mean())}
+        return loss, {"right": is_right.float().mean()}
 
-    def _compare(self, batch: Views) -> tuple[torch.Tensor, dict[str, float]]:
+    def _compare(self, batch: Views) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         views = Views(*(values.to(self.config.device) for values in batch))
-        torch.manual_seed(self.config.seed + self.step)
         return appearance_loss(self.network.appearance_head.describe(views.seen), views), {}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        for name, value in self.network.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - decay)
-            else:
-                self.average[name].copy_(value)
+        state = self.network.state_dict()
+        floats = [name for name, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.average[name] for name in floats], [state[name] for name in floats], 1 - decay
+        )
+        for name in state.keys() - set(floats):
+            self.average[name].copy_(state[name])
 
     def log(self, losses: dict[str, float], seconds_per_step: float) -> None:
         line = {"step": self.step, "size_px": self.size_px, "s_per_step": round(seconds_per_step, 3)}

@@ -25,7 +25,7 @@ from trocar_engines.network.semantic import view_of_object
 from trocar_engines.training.instruments import INSTRUMENT_KINDS, Instrument, draw_instrument, draw_style
 from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import draw_optics
-from trocar_engines.training.sampling import FEWEST_PIXELS
+from trocar_engines.training.pool import FEWEST_PIXELS
 from trocar_engines.training.scenes import Cast, Scene, SceneConfig
 from trocar_engines.training.store import identify_renderer
 from trocar_engines.training.tissue import Palette, draw_palette, draw_structure
