@@ -375,7 +375,7 @@ class Bench:
             inputs = [resize_to_model(picture, card.input_size_px) for picture in self._footage.pictures]
             running = self._note_running(card.name, card.runtime, memory)
             # sam2's other build is compiled, which takes a GPU.
-            builds = BUILDS if self._device == "cuda" else BUILDS[:1]
+            builds = self._request.builds or (BUILDS if self._device == "cuda" else BUILDS[:1])
             predictors = {
                 build: self._parts.build_reference(
                     self._model, self._weights, build=build, device=self._device

@@ -10,7 +10,7 @@ from trocar.cli import CommandParser, EngineOptions, add_engine_options, read_en
 from trocar.errors import ConfigError
 from trocar_bench.capacity import Limits
 from trocar_bench.plotting import check_plot
-from trocar_bench.reference_lane import check_reference_model
+from trocar_bench.reference_lane import BUILDS, check_reference_model
 from trocar_bench.speed_run import RunPlan
 from trocar_engines.errors import CapacityError
 from trocar_engines.models import DEFAULT_MODEL, model_entry
@@ -88,6 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="limit of --find-capacity on dropped frames (default 0)",
     )
+    add(
+        "--reference-builds",
+        type=_builds,
+        metavar="BUILD,...",
+        help=f"of --mode reference: {', '.join(BUILDS)} (default both on a GPU, else the first)",
+    )
     add("--plot", type=Path, metavar="FILE", help="draw the runs into a .png, .pdf or .svg")
     add_engine_options(parser)
     return parser
@@ -99,6 +105,14 @@ def _modes(text: str) -> tuple[str, ...]:
         if mode not in MODES:
             raise argparse.ArgumentTypeError(f"{mode!r}: expected {', '.join(MODES[:-1])} or {MODES[-1]}")
     return modes
+
+
+def _builds(text: str) -> tuple[str, ...]:
+    builds = tuple(dict.fromkeys(text.split(",")))
+    for build in builds:
+        if build not in BUILDS:
+            raise argparse.ArgumentTypeError(f"{build!r}: expected {' or '.join(BUILDS)}")
+    return builds
 
 
 def _rate(text: str) -> float:
@@ -161,6 +175,7 @@ class BenchRequest:
         warmup: before these; likewise.
         resolution: of the source, width and height in pixels.
         limits: of the search for the capacity; None without one.
+        builds: of the reference; empty for those that fit the device.
         plot: file to draw into.
         engine: the model side; its weights None for the installed ones.
     """
@@ -173,6 +188,7 @@ class BenchRequest:
     warmup: int | None
     resolution: tuple[int, int]
     limits: Limits | None
+    builds: tuple[str, ...]
     plot: Path | None
     engine: EngineOptions
 
@@ -229,6 +245,7 @@ def read_request(options: argparse.Namespace) -> BenchRequest:
         warmup=options.warmup,
         resolution=options.resolution,
         limits=limits,
+        builds=options.reference_builds or (),
         plot=options.plot,
         engine=read_engine_options(options),
     )

@@ -4,7 +4,7 @@ import torch
 
 from networks import TINY
 from trocar_engines.errors import CapacityError
-from trocar_engines.memory.pool import MemoryPool, SlotReads
+from trocar_engines.memory.pool import MemoryPool, Place, SlotReads, copy_packed
 
 
 def make_pool(rows: int = 2) -> MemoryPool:
@@ -26,6 +26,42 @@ def test_rows_come_back_after_release() -> None:
     assert pool.allocate() == first
     assert pool.rows_in_use == 2
     assert first != second
+
+
+def test_memories_stored_together_lie_where_each_would_alone() -> None:
+    together, alone = make_pool(rows=3), make_pool(rows=3)
+    torch.manual_seed(0)
+    spatial, prototypes, pointers = (
+        torch.randn(2, *of_all.shape[2:]) for of_all in (alone.spatial, alone.prototypes, alone.pointers)
+    )
+    places = [Place(2, 3, 5, False), Place(0, 1, 17, True)]
+    together.store(places, spatial, prototypes, pointers)
+    for index, (row, slot, pointer_slot, is_rounded) in enumerate(places):
+        rounded = spatial[index].to(torch.bfloat16) if is_rounded else spatial[index]
+        alone.write(row, slot, rounded, prototypes[index])
+        alone.pointers[row, pointer_slot] = pointers[index]
+    for name in ("spatial", "prototypes", "pointers"):
+        assert getattr(together, name).equal(getattr(alone, name)), name
+    assert not together.spatial[0, 1].equal(spatial[1])
+
+
+def test_arrays_of_any_type_pass_through_one_piece_of_memory() -> None:
+    arrays = [
+        np.arange(3),
+        np.array([True, False, True]),
+        np.linspace(0, 1, 5, dtype=np.float32).reshape(1, 5),
+        np.zeros((2, 0), dtype=np.int64),
+        np.arange(8).reshape(2, 4)[:, ::2],
+    ]
+    pieces = []
+
+    def copy(packed: torch.Tensor) -> torch.Tensor:
+        pieces.append(packed.clone())
+        return pieces[-1]
+
+    for tensor, array in zip(copy_packed(arrays, copy), arrays, strict=True):
+        assert tensor.equal(torch.from_numpy(np.ascontiguousarray(array)))
+    assert len(pieces) == 1
 
 
 def test_ten_thousand_objects_come_and_go_without_growth() -> None:

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from trocar_engines.masklets import Float32Array
 from trocar_engines.memory.diversity import Candidate, CandidateRun, redundant_member
-from trocar_engines.memory.pool import CONDITIONING_POINTERS, RECENT_POINTERS, MemoryPool, SlotReads
+from trocar_engines.memory.pool import (
+    CONDITIONING_POINTERS,
+    RECENT_POINTERS,
+    MemoryPool,
+    Place,
+    SlotReads,
+)
 from trocar_engines.network.config import NetworkConfig
 
 EXPLODED = 8.0
@@ -214,8 +220,10 @@ class MemoryBank:
             # A conditioning frame's age grows without bound on a live stream; training saw at most 15. SAM 2
             # lets it grow.
             pointer_ages=ages if self._is_vanilla else [min(age, RECENT_POINTERS) for age in ages],
-            # While the object is away, a picture of everything that is not the object.
-            prototypes=(told, self.latest_slot if self.absent_slot is None else self.absent_slot),
+            # While the object is away the prompted picture counts alone. A picture of its absence holds
+            # against it whatever comes back from another side (four sets of LongSim dev: J&F 70 instead of
+            # 66 on frames that show the object).
+            prototypes=(told, self.latest_slot if self.absent_slot is None else told),
         )
 
     def condition(self, summary: Float32Array, area: int) -> int:
@@ -300,6 +308,10 @@ class MemoryBank:
         if self._is_vanilla:
             spatial = spatial.to(torch.bfloat16)
         self.pool.write(self.row, slot, spatial, prototypes)
+
+    def place(self, slot: int, time_s: float) -> Place:
+        """Where a tracked frame's memory goes, given its slot; takes the pointer's slot."""
+        return Place(self.row, slot, self.pointer_slot(time_s), self._is_vanilla)
 
     @property
     def _is_vanilla(self) -> bool:

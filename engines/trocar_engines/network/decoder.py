@@ -1,5 +1,6 @@
 """sam2's mask decoder with a batch size that stays open in an exported graph."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,19 @@ class BatchedMaskDecoder(MaskDecoder):  # type: ignore[misc]
         super().__init__(**arguments)
         if has_readout:
             self.refiner = OutlineRefiner(arguments["transformer_dim"] // 8)
+        self.filter_makers: list[tuple[Tensor, Tensor]] | None = None
+
+    def settle(self) -> None:
+        """See `SAM2S.settle`."""
+        self.filter_makers = list(self._stack_filter_makers())
+
+    def _stack_filter_makers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights [4, out, in] and biases [4, 1, out] of every depth of the hypernetworks."""
+        for layers in zip(*(network.layers for network in self.output_hypernetworks_mlps), strict=True):
+            yield (
+                torch.stack([layer.weight for layer in layers]),
+                torch.stack([layer.bias for layer in layers]).unsqueeze(1),
+            )
 
     def decode(
         self,
@@ -106,11 +120,8 @@ class BatchedMaskDecoder(MaskDecoder):  # type: ignore[misc]
 
     def _make_filters(self, tokens: Tensor) -> Tensor:
         """[B, 4, C] mask tokens through a hypernetwork each, all four at once, to [B, 4, C/8]."""
-        networks = self.output_hypernetworks_mlps
         hidden: Tensor = tokens.unsqueeze(2)
-        for depth, layers in enumerate(zip(*(network.layers for network in networks), strict=True)):
-            weight = torch.stack([layer.weight for layer in layers])
-            bias = torch.stack([layer.bias for layer in layers]).unsqueeze(1)
+        for depth, (weight, bias) in enumerate(self.filter_makers or self._stack_filter_makers()):
             hidden = torch.relu(hidden) if depth else hidden.to(weight.dtype)
             hidden = torch.matmul(hidden, weight.transpose(1, 2)) + bias
         return hidden.squeeze(2)

@@ -28,8 +28,11 @@ from trocar_engines.network.sam2s import (
 )
 from trocar_engines.runtime.clock import DeviceClock, HostClock, StageClock
 
-BUCKETS = (1, 2, 4, 8, 16, 32)
-"""Rows of a captured batch."""
+BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+"""Rows of a captured batch. Between powers of two, for rows of padding cost as much as others: twelve cameras
+would be encoded as sixteen."""
+LOOK_ROWS = 2
+"""Objects that are looked at together, see `tracker.MOST_LOOKS`; more take several runs."""
 READ_POINTERS = 1 + RECENT_POINTERS
 """Pointers of a full bank: the conditioning frame's and the recent ones."""
 WARM_UP_RUNS = 2
@@ -139,11 +142,13 @@ class CudaRuntime:
         if self.device.type == "cuda":
             require_gpu()
         sessions = sessions or {}
-        self.variants = shapes.variants()
-        self.planned = frozenset(variant for variant in self.variants if variant in sessions)
-        self.name = describe_stages(self.variants, self.planned)
+        of_frames = shapes.variants()
+        self.planned = frozenset(variant for variant in of_frames if variant in sessions)
+        self.name = describe_stages(of_frames, self.planned)
+        looks = [Variant("recognise", rows) for rows in reversed(_buckets(LOOK_ROWS))]
+        self.variants = [*of_frames, *(looks if self.config.classes else ())]
         try:
-            self.network = halve(network, dtype, self.device)
+            self.network = halve(network, dtype, self.device, has_float32_norms=False)
             self._captured = self._capture_all(capture or GraphCapture(), sessions, on_stage)
         except torch.OutOfMemoryError as error:
             raise RuntimeUnavailableError(
@@ -201,7 +206,9 @@ class CudaRuntime:
     def _call(self, stage: str, *tensors: Tensor, slots: int = 0) -> tuple[Tensor, ...]:
         """Run a stage on any number of rows."""
         rows = len(tensors[0])
-        most = _buckets(self.shapes.pictures if stage == "encode_image" else self.shapes.rows)[-1]
+        shapes = self.shapes
+        wanted = {"encode_image": shapes.pictures, "recognise": LOOK_ROWS}.get(stage, shapes.rows)
+        most = _buckets(wanted)[-1]
         if rows > most:
             parts = zip(*(tensor.split(most) for tensor in tensors), strict=True)
             batches = [self._call(stage, *part, slots=slots) for part in parts]
@@ -255,9 +262,10 @@ class CudaRuntime:
 
     @torch.inference_mode()
     def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
-        """See `Runtime.recognise`; some times a second for an object, so it is not captured."""
-        seen = self.network.recognise(class_token, pixels.to(self.device), mask_logits)
-        return Recognition(*(values.float().cpu() for values in seen))
+        """See `Runtime.recognise`: packed into one tensor on the device, so one copy and one wait."""
+        class_logits, descriptor = self._call("recognise", class_token, pixels, mask_logits)
+        packed = torch.cat([class_logits.float(), descriptor.float()], dim=1).cpu()
+        return Recognition(*packed.split([class_logits.shape[1], descriptor.shape[1]], dim=1))
 
     @torch.inference_mode()
     def without_memory(self, embedding: Tensor) -> Tensor:
@@ -277,7 +285,12 @@ class CudaRuntime:
     def read_back(self, decoded: Decoded) -> Decoded:
         """See `Runtime.read_back`: packed into one tensor on the device, so one copy and one wait."""
         fields = [field.to(self.device).float().reshape(len(field), -1) for field in decoded]
-        packed = torch.cat(fields, dim=1).cpu()
+        packed = torch.cat(fields, dim=1)
+        if packed.is_cuda:
+            # Into pinned memory, which is wanted back: what the caller keeps is a copy.
+            packed = packed.to("cpu", non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            packed = packed.clone()
         columns = packed.split([field.shape[1] for field in fields], dim=1)
         return Decoded(*(column.reshape(field.shape) for column, field in zip(columns, decoded, strict=True)))
 
@@ -287,10 +300,12 @@ class GraphCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # Of all warm-ups: what one stream has freed the allocator gives to no other.
+        self._side = torch.cuda.Stream()
 
     def __call__(self, run: Run) -> Run:
         """A run that replays the graph of `run`."""
-        side = torch.cuda.Stream()
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_RUNS):

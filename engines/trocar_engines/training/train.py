@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -173,7 +173,8 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
     run = _Run(config)
     started = time.perf_counter()
     begun_at = run.step
-    for batch in run.batches():
+    batches = run.batches()
+    for batch in batches:
         run.advance(batch)
         is_last = run.progress >= 1
         if run.step % LOG_EVERY == 0 or is_last:
@@ -185,6 +186,7 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
             run.save()
         if is_last:
             break
+    batches.close()
     return run.weights_path
 
 
@@ -202,7 +204,7 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def _drawn_ahead(samples: Iterator[Sample]) -> Iterator[Sample]:
+def _drawn_ahead(samples: Generator[Sample]) -> Iterator[Sample]:
     """Samples drawn one ahead of their steps, on a thread and a CUDA stream of their own."""
     ready: queue.Queue[Sample | BaseException | None] = queue.Queue(maxsize=1)
     is_over = threading.Event()
@@ -219,8 +221,11 @@ def _drawn_ahead(samples: Iterator[Sample]) -> Iterator[Sample]:
             ready.put(None)
         except BaseException as error:  # what went wrong here stops the training there
             ready.put(error)
+        finally:
+            samples.close()  # and its processes
 
-    threading.Thread(target=draw, name="samples", daemon=True).start()
+    thread = threading.Thread(target=draw, name="samples", daemon=True)
+    thread.start()
     try:
         while (drawn := ready.get()) is not None:
             if isinstance(drawn, BaseException):
@@ -230,8 +235,10 @@ def _drawn_ahead(samples: Iterator[Sample]) -> Iterator[Sample]:
             yield drawn
     finally:
         is_over.set()
-        while not ready.empty():
-            ready.get()
+        while thread.is_alive():  # it may wait with a sample that nobody will take
+            while not ready.empty():
+                ready.get()
+            thread.join(0.1)
 
 
 class _Run:
@@ -337,7 +344,7 @@ class _Run:
         partial.replace(self.checkpoint_path)
         save_weights(self.weights_path, self.average, self.config.model)
 
-    def batches(self) -> Iterator[Sample | Windows | Views]:
+    def batches(self) -> Generator[Sample | Windows | Views]:
         """What is left of every stage; moves the network to the stage's resolution."""
         if self.config.only:
             yield from self._window_loader() if self.config.only == "classes" else self._view_loader()
@@ -360,7 +367,7 @@ class _Run:
         self.optimiser = self._optimiser()
         self.optimiser.load_state_dict(optimiser)
 
-    def _samples(self, stage: Stage, begin: int, end: int) -> Iterator[Sample]:
+    def _samples(self, stage: Stage, begin: int, end: int) -> Generator[Sample]:
         """The samples of a stage's steps from `begin` to before `end`; clips are rendered meanwhile."""
         config, size_px = self.config, network_config(self.config.model).input_size_px
         pool = ClipPool(
