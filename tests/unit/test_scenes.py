@@ -39,20 +39,20 @@ def _longest_run(values: list[bool]) -> int:
 
 
 def test_equal_seeds_render_equal_pixels() -> None:
-    first, second = render_clip(_config(3)), render_clip(_config(3))
+    first, second = render_clip(Scene(_config(3))), render_clip(Scene(_config(3)))
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, second.labels)
 
 
 def test_different_seeds_and_families_differ() -> None:
-    images = render_clip(_config(3)).images
-    assert not torch.equal(images, render_clip(_config(4)).images)
-    assert not torch.equal(images, render_clip(_config(3, held_out=True)).images)
+    images = render_clip(Scene(_config(3))).images
+    assert not torch.equal(images, render_clip(Scene(_config(4))).images)
+    assert not torch.equal(images, render_clip(Scene(_config(3, held_out=True))).images)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_labels_name_a_class_each(seed: int) -> None:
-    clip = render_clip(_config(seed))
+    clip = render_clip(Scene(_config(seed)))
     assert int(clip.labels.max()) <= len(clip.classes)
     assert set(clip.classes) <= set(INSTRUMENT_CLASSES)
     assert clip.labels[0].any()
@@ -82,7 +82,7 @@ def test_every_kind_of_instrument_has_a_tip(kind: str) -> None:
 
 
 def test_one_scene_at_two_resolutions_agrees() -> None:
-    small, large = render_clip(_config(11)), render_clip(_config(11, 2 * SIZE_PX))
+    small, large = render_clip(Scene(_config(11))), render_clip(Scene(_config(11, 2 * SIZE_PX)))
     assert small.classes == large.classes
     # Thin tips fall between the pixels of the smaller picture.
     assert _iou(small.labels > 0, large.labels[:, ::2, ::2] > 0) > 0.85

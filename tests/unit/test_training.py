@@ -23,11 +23,10 @@ from trocar_engines.training.pool import (
     cut_stretches,
     label_frames,
     render_clips,
-    render_scene,
 )
 from trocar_engines.training.returns import draw_return_cast
 from trocar_engines.training.sampling import ClipSampler, Mix, Sample, _mark
-from trocar_engines.training.scenes import Scene, SceneConfig
+from trocar_engines.training.scenes import Scene, SceneConfig, render_clip
 from trocar_engines.training.store import NO_CLASS, StoredClip
 from trocar_engines.training.train import NaNLossError, Progress, Stage, TrainConfig, _Run, train
 from trocar_engines.training.windows import fill_store, open_windows, render_windows
@@ -253,7 +252,7 @@ def test_returning_instruments_keep_their_number_and_have_a_look_alike() -> None
     returned = seen_meanwhile = 0
     for seed in range(12):
         config = SceneConfig(height_px=64, width_px=64, frames=12, frame_rate=4.0, seed=seed)
-        clip = render_scene(Scene(config, draw_cast=draw_return_cast))
+        clip = render_clip(Scene(config, draw_cast=draw_return_cast))
         assert clip.classes[0] == clip.classes[1]
         is_there = [(clip.labels == number).flatten(1).any(dim=1) for number in (1, 2)]
         gone = ~is_there[0]

@@ -15,7 +15,7 @@ from trocar_engines.network.config import INSTRUMENT_CLASSES
 from trocar_engines.preprocess import resize_to_model
 from trocar_engines.training.clip import Clip
 from trocar_engines.training.returns import draw_return_cast
-from trocar_engines.training.scenes import Scene, SceneConfig
+from trocar_engines.training.scenes import Scene, SceneConfig, render_clip
 from trocar_engines.training.store import NO_CLASS, StoredClip
 from trocar_engines.training.worlds import render_world
 
@@ -100,15 +100,8 @@ class RenderedClips(Dataset[LabelledFrames]):
             seed=seed,
         )
         if rng.random() < RETURNS_SHARE:
-            return label_frames(*_stack(render_scene(Scene(config, draw_cast=draw_return_cast))))
-        return label_frames(*_stack(render_scene(Scene(config))))
-
-
-def render_scene(scene: Scene) -> Clip:
-    """Every frame of a scene."""
-    frames = [scene.render(t) for t in range(scene.config.frames)]
-    images, labels = (torch.stack(maps) for maps in zip(*frames, strict=True))
-    return Clip(images=images, labels=labels, classes=scene.classes)
+            return label_frames(*_stack(render_clip(Scene(config, draw_cast=draw_return_cast))))
+        return label_frames(*_stack(render_clip(Scene(config))))
 
 
 def _stack(clip: Clip) -> tuple[UInt8Array, tuple[int, ...]]:

@@ -380,15 +380,11 @@ class Scene:
         canvas.paint_blob(structure, object_id, x - centre[0], y - centre[1], 0.1 * swell)
 
 
-def render_clip(config: SceneConfig, device: torch.device | str = "cpu") -> Clip:
+def render_clip(scene: Scene) -> Clip:
     """Render every frame of a scene."""
-    scene = Scene(config, device)
-    frames = [scene.render(t) for t in range(config.frames)]
-    return Clip(
-        images=torch.stack([image for image, _ in frames]),
-        labels=torch.stack([labels for _, labels in frames]),
-        classes=scene.classes,
-    )
+    frames = [scene.render(t) for t in range(scene.config.frames)]
+    images, labels = (torch.stack(maps) for maps in zip(*frames, strict=True))
+    return Clip(images=images, labels=labels, classes=scene.classes)
 
 
 def demo_scene(
