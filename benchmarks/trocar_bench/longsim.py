@@ -39,7 +39,7 @@ from trocar_engines.training.instruments import (
 from trocar_engines.training.motion import Absence, Camera, Point, Wander, draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
 from trocar_engines.training.scenes import Cast, Scene, SceneConfig
-from trocar_engines.training.store import identify_renderer
+from trocar_engines.training.store import begin_rendering, identify_renderer
 from trocar_engines.training.texture import Colour
 from trocar_engines.training.tissue import draw_palette
 
@@ -423,7 +423,7 @@ def render_longsim(
         for clip in clips
         for start in range(0, clip.frames, CHUNK_FRAMES)
     ]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=begin_rendering) as pool:
         for done in pool.map(partial(_render_chunk, folder), *zip(*chunks, strict=True)):
             on_frames(done)
     begun.rename(folder / OBJECTS_FILE)

@@ -16,7 +16,7 @@ from trocar_engines.preprocess import resize_to_model
 from trocar_engines.training.clip import Clip
 from trocar_engines.training.returns import draw_return_cast
 from trocar_engines.training.scenes import Scene, SceneConfig, render_clip
-from trocar_engines.training.store import NO_CLASS, StoredClip
+from trocar_engines.training.store import NO_CLASS, StoredClip, begin_rendering
 from trocar_engines.training.worlds import render_world
 
 MOST_IDS = 16
@@ -124,15 +124,9 @@ def render_clips(clips: RenderedClips, workers: int) -> Iterator[LabelledFrames]
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=lambda _: _one_thread(),
+        worker_init_fn=lambda _: begin_rendering(),
     )
     return iter(loader)
-
-
-def _one_thread() -> None:
-    """A process a core: more threads would fight over them."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
 
 
 def cut_stretches(clip: StoredClip, frames: int) -> Iterator[LabelledFrames]:

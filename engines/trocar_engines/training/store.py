@@ -1,10 +1,12 @@
 """Clips of real footage, and what rendered pictures belong to."""
 
+import gc
 import hashlib
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from trocar_engines.davis import davis_clips, read_label
 from trocar_engines.errors import TrocarError
@@ -20,6 +22,17 @@ def identify_renderer(*files: Path) -> str:
     modules = (canvas, instruments, motion, optics, scenes, texture, tissue)
     sources = [Path(str(module.__file__)) for module in modules] + list(files)
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+
+
+def begin_rendering() -> None:
+    """For a process that renders, before all else.
+
+    One thread, as more would fight over the cores. Garbage of the process that it was forked from stays where
+    it is: to collect a gRPC channel of asyncio takes a thread that was not forked, and waits for it for ever.
+    """
+    gc.freeze()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
 
 
 class StoredClip:

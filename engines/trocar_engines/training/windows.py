@@ -27,7 +27,7 @@ from trocar_engines.training.motion import draw_camera
 from trocar_engines.training.optics import draw_optics
 from trocar_engines.training.pool import FEWEST_PIXELS
 from trocar_engines.training.scenes import Cast, Scene, SceneConfig
-from trocar_engines.training.store import identify_renderer
+from trocar_engines.training.store import begin_rendering, identify_renderer
 from trocar_engines.training.tissue import Palette, draw_palette, draw_structure
 
 CASTS = 12
@@ -91,7 +91,7 @@ def fill_store(
         render: `render_windows`, or `appearance.render_views`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=begin_rendering) as pool:
         for _ in pool.map(partial(render, folder, size_px), range(grounds), chunksize=4):
             on_ground()
 
