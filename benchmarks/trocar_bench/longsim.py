@@ -34,11 +34,11 @@ from trocar_engines.training.instruments import (
     Style,
     draw_instrument,
     draw_style,
-    wrap_in_tape,
 )
 from trocar_engines.training.motion import Absence, Camera, Point, Wander, draw_camera
 from trocar_engines.training.optics import Optics, draw_optics
-from trocar_engines.training.scenes import Cast, Scene, SceneConfig
+from trocar_engines.training.returns import TapedInstrument
+from trocar_engines.training.scenes import Cast, Performer, Scene, SceneConfig
 from trocar_engines.training.store import begin_rendering, identify_renderer
 from trocar_engines.training.texture import Colour
 from trocar_engines.training.tissue import draw_palette
@@ -196,16 +196,14 @@ class Stay:
     """One stay of an instrument in view, seen by a camera that moves on its own.
 
     Args:
-        instrument: in view units of the camera at rest.
+        instrument: in view units of the camera at rest, at times with tape.
         span: while any of it may show.
         camera: what moves the picture.
-        tape: rings round the shaft; None for an instrument without.
     """
 
-    instrument: Instrument
+    instrument: Performer
     span: Span
     camera: Camera
-    tape: Material | None = None
 
     @property
     def kind(self) -> str:
@@ -221,9 +219,6 @@ class Stay:
         """See `scenes.Performer`."""
         if not self.span[0] <= time_s <= self.span[1]:
             return []
-        parts = self.instrument.parts(time_s)
-        if self.tape is not None:
-            parts[1:1] = wrap_in_tape(self.instrument.wrist(time_s), RINGS, self.tape)
         scale = self.camera.zoom / self.camera.scale(time_s)
         return [
             replace(
@@ -233,7 +228,7 @@ class Stay:
                 start_radius=scale * part.start_radius,
                 end_radius=scale * part.end_radius,
             )
-            for part in parts
+            for part in self.instrument.parts(time_s)
         ]
 
     def smear(self, time_s: float, shutter_s: float) -> float:
@@ -267,7 +262,10 @@ def draw_cast(clip: LongClip, rng: np.random.Generator, config: SceneConfig) -> 
         look_alikes.append(_draw_stay(rng, clip.kind, style, radius, -side, aspect, other))
         own.append(_draw_stay(rng, clip.kind, style, radius, side, aspect, stay))
     stays += [
-        (LOOK_ALIKE_ID, Stay(one, _span(one), camera, tape if clip.is_marked else None))
+        (
+            LOOK_ALIKE_ID,
+            Stay(TapedInstrument(one, tape, RINGS) if clip.is_marked else one, _span(one), camera),
+        )
         for one in look_alikes
     ]
     stays += [(OBJECT_ID, Stay(one, _span(one), camera)) for one in own]

@@ -980,14 +980,17 @@ def _train(options: argparse.Namespace) -> int:
     def show(progress: Progress) -> None:
         nonlocal last
         last = progress
-        left_min = (progress.steps - progress.step) * progress.seconds_per_step / 60
+        left_min = progress.seconds_left / 60
         losses = ", ".join(f"{name} {value:.2f}" for name, value in progress.losses.items())
         print(f"step {progress.step}/{progress.steps}, {left_min:.0f} min left: {losses}", file=sys.stderr)
 
-    weights = train(config, show)
-    print(
-        json.dumps({"weights": str(weights), "steps": options.steps, "losses": last.losses if last else {}})
-    )
+    def show_clips(done: int, of: int) -> None:
+        if done % 20 == 0 or done == of:
+            print(f"{done} of {of} clips rendered to begin with", file=sys.stderr)
+
+    weights = train(config, show, show_clips)
+    done = {"steps": last.step, "losses": last.losses} if last else {"steps": options.steps, "losses": {}}
+    print(json.dumps({"weights": str(weights), **done}))
     return 0
 
 

@@ -275,8 +275,7 @@ def test_vanilla_lets_the_age_of_the_conditioning_pointer_grow() -> None:
 def test_only_vanilla_rounds_spatial_memory_to_bfloat16(policy: MemoryPolicy) -> None:
     bank = make_bank(policy=policy)
     fine = 1.0 + 2.0**-12  # between two bfloat16 numbers
-    bank.write(
-        1, torch.full_like(bank.pool.spatial[0, 0], fine), torch.full_like(bank.pool.prototypes[0, 0], fine)
-    )
+    of_all = bank.pool.spatial, bank.pool.prototypes, bank.pool.pointers
+    bank.pool.store([bank.place(1, 0.0)], *(torch.full_like(values[:1, 0], fine) for values in of_all))
     assert bank.pool.spatial[bank.row, 1].unique().item() == (1.0 if policy is MemoryPolicy.VANILLA else fine)
     assert bank.pool.prototypes[bank.row, 1].unique().item() == fine

@@ -834,6 +834,23 @@ def test_reference_runs_in_turn_and_tells_ratio_and_difference(
         assert list(reference["stages_ms"]) == ["encode_image"]
 
 
+def test_only_the_builds_that_were_asked_for_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built: list[str] = []
+
+    def build_reference(model: str, weights: Path, *, build: str, device: str) -> FakePredictor:
+        built.append(build)
+        return FakePredictor()
+
+    arguments = ("--mode", "reference", "--model", TINY, "--weights", str(tmp_path))
+    asked = ("--reference-builds", "vos_optimized")
+    assert run(*SMALL, *arguments, *asked, build_reference=build_reference) == 0
+    assert [one["runtime"] for one in last_line(capsys)["runs"]] == ["fake", "vos_optimized"]
+    assert built == ["vos_optimized"]
+    with pytest.raises(SystemExit):
+        run(*SMALL, *arguments, "--reference-builds", "sam3")
+    assert "'sam3': expected sam2 or vos_optimized" in capsys.readouterr().err
+
+
 def test_model_without_weights_is_measured_with_random_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

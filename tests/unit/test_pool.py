@@ -38,7 +38,8 @@ def test_memories_stored_together_lie_where_each_would_alone() -> None:
     together.store(places, spatial, prototypes, pointers)
     for index, (row, slot, pointer_slot, is_rounded) in enumerate(places):
         rounded = spatial[index].to(torch.bfloat16) if is_rounded else spatial[index]
-        alone.write(row, slot, rounded, prototypes[index])
+        alone.spatial[row, slot] = rounded
+        alone.prototypes[row, slot] = prototypes[index]
         alone.pointers[row, pointer_slot] = pointers[index]
     for name in ("spatial", "prototypes", "pointers"):
         assert getattr(together, name).equal(getattr(alone, name)), name
@@ -98,8 +99,7 @@ def test_ten_thousand_objects_never_see_a_slot_of_a_former_owner() -> None:
         slots = [0, *(1 + rng.permutation(5)[: rng.integers(5)]).tolist()]
         pointers = [0, *(3 + rng.permutation(15)[: rng.integers(15)]).tolist()]
         for slot in slots:
-            mark = torch.full_like(pool.spatial[0, 0], number)
-            pool.write(row, slot, mark, torch.full_like(pool.prototypes[0, 0], number))
+            pool.spatial[row, slot] = pool.prototypes[row, slot] = float(number)
         pool.pointers[row, pointers] = float(number)
         living[number] = row, read(slots, pointers)
         if number % 29 == 0:
@@ -128,5 +128,6 @@ def test_gather_hides_the_padding_of_shorter_rows() -> None:
 def test_gather_copies_so_that_later_writes_do_not_reach_a_view() -> None:
     pool = make_pool()
     view, _ = pool.gather([0], [read([0], [0])])
-    pool.write(0, 0, torch.ones_like(pool.spatial[0, 0]), torch.ones_like(pool.prototypes[0, 0]))
+    ones = (torch.ones_like(values[:1, 0]) for values in (pool.spatial, pool.prototypes, pool.pointers))
+    pool.store([Place(0, 0, 0, False)], *ones)
     assert view.spatial.unique().tolist() == [0]

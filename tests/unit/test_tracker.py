@@ -12,8 +12,8 @@ from trocar_engines.masklets import ObjectState, Picture, Prompt, PromptMode
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors, Recognition
 from trocar_engines.runtime.eager import EagerRuntime
+from trocar_engines.runtime.interface import MOST_LOOKS
 from trocar_engines.tracker import (
-    MOST_LOOKS,
     SOUND_IOU,
     UNKNOWN_CLASS,
     StreamState,
@@ -445,9 +445,8 @@ def test_a_lost_object_comes_back_only_with_a_sound_mask(
     ids=["itself elsewhere", "another elsewhere", "beside where it was"],
 )
 def test_what_lies_elsewhere_all_at_once_must_look_like_the_object(
-    columns: slice, appearance: int, last: ObjectState, monkeypatch: pytest.MonkeyPatch
+    columns: slice, appearance: int, last: ObjectState
 ) -> None:
-    monkeypatch.setattr("trocar_engines.tracker.NEAR", 2)
     runtime = TellingRuntime()
     runtime.columns = slice(0, 4)
     tracker, stream = begin(runtime, 60)

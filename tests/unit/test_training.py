@@ -1,6 +1,7 @@
 import dataclasses
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,15 @@ from trocar_engines.training.returns import draw_return_cast
 from trocar_engines.training.sampling import ClipSampler, Mix, Sample, _mark
 from trocar_engines.training.scenes import Scene, SceneConfig, render_clip
 from trocar_engines.training.store import NO_CLASS, StoredClip
-from trocar_engines.training.train import NaNLossError, Progress, Stage, TrainConfig, _Run, train
+from trocar_engines.training.train import (
+    NaNLossError,
+    Progress,
+    Stage,
+    TrainConfig,
+    _drawn_ahead,
+    _Run,
+    train,
+)
 from trocar_engines.training.windows import fill_store, open_windows, render_windows
 
 
@@ -418,6 +427,78 @@ def test_training_ends_when_its_time_is_over(tiny_training: TrainConfig) -> None
     weights = train(config, reports.append)
     assert weights.exists()
     assert 0 < reports[-1].step < 1000
+    assert reports[-1].seconds_left == 0
+
+
+def test_first_clips_are_counted_and_time_left_falls(
+    tiny_training: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar_engines.training.train.LOG_EVERY", 1)
+    reports: list[Progress] = []
+    clips: list[tuple[int, int]] = []
+    train(tiny_training, reports.append, lambda done, of: clips.append((done, of)))
+    assert clips == [(1, 2), (2, 2)]
+    assert [report.step for report in reports] == [1, 2, 3, 4]
+    assert reports[-1].seconds_left == 0 < reports[0].seconds_left
+
+
+def test_a_stage_of_other_clips_at_the_same_size_is_another_step(tiny_training: TrainConfig) -> None:
+    stages = tuple(
+        Stage(size_px=64, clips=clips, frames=frames, share=0.5) for clips, frames in ((2, 3), (3, 2))
+    )
+    run = _Run(dataclasses.replace(tiny_training, stages=stages))
+    shapes = []
+    for batch in run.batches():
+        assert isinstance(batch, Sample)
+        run.advance(batch)
+        shapes.append(batch.masks.shape[:3])
+    assert shapes == [(2, 2, 3)] * 2 + [(3, 2, 2)] * 2
+    assert np.isfinite(run.check_losses()["loss"])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tiny_training: TrainConfig) -> None:
+    run = _Run(tiny_training)
+    run.save()
+    saved = torch.load(run.checkpoint_path, weights_only=True)
+    del saved["spent_s"]
+    torch.save(saved, run.checkpoint_path)
+    with pytest.raises(TrocarError, match="of an earlier version"):
+        _Run(tiny_training)
+
+
+def _some_samples(count: int, closed: list[bool], error: Exception | None = None) -> Generator[Sample]:
+    flag = torch.ones(1, 1, dtype=torch.bool)
+    try:
+        for index in range(count):
+            pixels = torch.full((1,), index, dtype=torch.uint8)
+            yield Sample(pixels=pixels, masks=flag, classes=flag.long(), is_shown=flag)
+        if error is not None:
+            raise error
+    finally:
+        closed.append(True)
+
+
+def test_samples_drawn_ahead_come_in_order_and_all_of_them() -> None:
+    closed: list[bool] = []
+    drawn = [int(sample.pixels) for sample in _drawn_ahead(_some_samples(7, closed))]
+    assert drawn == list(range(7))
+    assert closed
+
+
+def test_what_goes_wrong_while_samples_are_drawn_ahead_stops_the_training() -> None:
+    samples = _drawn_ahead(_some_samples(2, [], TrocarError("no clip")))
+    assert [int(next(samples).pixels) for _ in range(2)] == [0, 1]
+    with pytest.raises(TrocarError, match="no clip"):
+        next(samples)
+
+
+def test_drawing_ahead_ends_with_the_training() -> None:
+    closed: list[bool] = []
+    samples = _drawn_ahead(_some_samples(1000, closed))
+    next(samples)
+    samples.close()  # the thread waits with a sample that nobody takes
+    assert closed
+    assert not [thread for thread in threading.enumerate() if thread.name == "samples"]
 
 
 def test_every_row_learns_from_each_kind_of_prompt(tiny_training: TrainConfig) -> None:

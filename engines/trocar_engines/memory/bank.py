@@ -10,8 +10,6 @@ import enum
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from trocar_engines.masklets import Float32Array
 from trocar_engines.memory.diversity import Candidate, CandidateRun, redundant_member
@@ -300,18 +298,10 @@ class MemoryBank:
         self.absent_slot, self.absent_s = self.recent.next_slot(time_s), time_s
         return self.absent_slot
 
-    def write(self, slot: int, spatial: Tensor, prototypes: Tensor) -> None:
-        """Copy one memory, [C_mem, h, w] and [dim + 4, N], into a slot.
-
-        Under `vanilla` spatial memory is rounded to bfloat16, as SAM 2's predictor stores it on any device.
-        """
-        if self._is_vanilla:
-            spatial = spatial.to(torch.bfloat16)
-        self.pool.write(self.row, slot, spatial, prototypes)
-
     def place(self, slot: int, time_s: float) -> Place:
-        """Where a tracked frame's memory goes, given its slot; takes the pointer's slot."""
-        return Place(self.row, slot, self.pointer_slot(time_s), self._is_vanilla)
+        """Where a frame's memory goes, given its slot; takes a slot for its pointer."""
+        pointer_slot = 0 if slot == 0 else self.pointer_slot(time_s)
+        return Place(self.row, slot, pointer_slot, self._is_vanilla)
 
     @property
     def _is_vanilla(self) -> bool:

@@ -23,7 +23,7 @@ class Gallery:
 
     @property
     def is_begun(self) -> bool:
-        """Whether it can tell what else may be the object."""
+        """Whether it holds all the views that are believed without a comparison."""
         return len(self.views) >= FIRST_VIEWS
 
     def compare(self, descriptor: Float32Array) -> float:

@@ -83,11 +83,6 @@ class MemoryPool:
         assert row not in self._free, f"row {row} was released twice"
         self._free.append(row)
 
-    def write(self, row: int, slot: int, spatial: Tensor, prototypes: Tensor) -> None:
-        """Copy one memory, [C_mem, h', w'] and [D, N], into a slot."""
-        self.spatial[row, slot] = spatial
-        self.prototypes[row, slot] = prototypes
-
     def store(self, places: Sequence[Place], spatial: Tensor, prototypes: Tensor, pointers: Tensor) -> None:
         """Copy what is remembered of several objects to their places.
 

@@ -76,7 +76,7 @@ def complex_type(dtype: torch.dtype, device_type: str) -> torch.dtype:
 class AttentionKind(Enum):
     """How a GPU computes attention whose values are narrower than its keys."""
 
-    WIDE_FLASH = "values padded to the keys' width"
+    WIDE_FLASH = "values padded to the keys' width, once for all layers, by whoever asks"
     CUDNN = "values as they are"
     EFFICIENT = "values as they are, and a bias"
     PRODUCTS = "scores written out"
@@ -90,7 +90,7 @@ def choose_attention(
     One object's 1,024 queries on 7,232 keys of 256 channels, values of 64, H200, us: products 91, wide flash
     77, cuDNN 122. Of eight objects 354, 204 and 127, and with a bias (memory-efficient) 171. cuDNN gives all
     keys of 64 queries to one of 132 multiprocessors and takes as long for one object as for eight; flash
-    attention splits the keys, but reads values as wide as keys.
+    attention splits the keys, but reads values as wide as keys. Which kernel reads these is torch's choice.
     """
     is_small = rows * queries <= FEW_QUERIES
     if has_bias or not is_half:
@@ -101,7 +101,6 @@ def choose_attention(
 
 
 _BACKENDS = {
-    AttentionKind.WIDE_FLASH: [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     AttentionKind.CUDNN: [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     AttentionKind.EFFICIENT: [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
@@ -117,12 +116,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
         kind = kind_of(query, key, bias)
         if kind is AttentionKind.PRODUCTS:
             return attend_by_products(query, key, value, bias)
-        if kind is not None:
-            width = value.shape[2]
-            if kind is AttentionKind.WIDE_FLASH:
-                value = widen(value, query.shape[2])
+        if kind in _BACKENDS:
             with sdpa_kernel(_BACKENDS[kind], set_priority=True):
-                return _attend_fused(query, key, value, bias)[..., :width]
+                return _attend_fused(query, key, value, bias)
     return _attend_fused(query, key, value, bias)
 
 

@@ -309,8 +309,7 @@ class SAM2S(nn.Module):
         tokens, keys = self._memory_tokens(memory)
         bias = None if is_full else self._memory_bias(memory)
         pointers = memory.pointers.shape[1] * self.config.tokens_per_pointer
-        position = self._scaled_position if self.scaled_position is None else self.scaled_position
-        picture = (embedding + position).flatten(2).transpose(1, 2)
+        picture = (embedding + self._scaled_position).flatten(2).transpose(1, 2)
         conditioned = self.memory_attention(picture, tokens, keys, bias, pointers)
         class_token = self.semantic_head.remember(tokens, bias) if self.config.classes else tokens[:, 0, :0]
         return conditioned.transpose(1, 2).reshape(batch, channels, height, width), class_token
@@ -419,6 +418,8 @@ class SAM2S(nn.Module):
     @property
     def _scaled_position(self) -> Tensor:
         """What memory attention adds to a picture's embedding for its places, [1, C, h, w]."""
+        if self.scaled_position is not None:
+            return self.scaled_position
         return 0.1 * self.picture_position
 
     @property
@@ -442,8 +443,9 @@ class SAM2S(nn.Module):
         if self.config.readout_dim:
             stride_8 = stride_8 + self.readout_to_stride_8(readout)
             fine = upsample(readout, 2)
-        position = self._embed_places() if self.dense_position is None else self.dense_position
-        candidates = self.sam_mask_decoder.decode(prompted, position, sparse, stride_4, stride_8, fine)
+        candidates = self.sam_mask_decoder.decode(
+            prompted, self._embed_places(), sparse, stride_4, stride_8, fine
+        )
         return candidates, fine
 
     def _draw(self, filters: Tensor, pixels: Tensor, fine: Tensor | None) -> Tensor:
@@ -503,8 +505,9 @@ class SAM2S(nn.Module):
             dense = encoder.mask_downscaling(upsample(readout, 2))
         # The same point for all: an exported graph holds what becomes of it until it meets a picture as a
         # constant.
-        sparse = self._embed_no_points() if self.no_points is None else self.no_points
-        candidates, fine = self._decode(conditioned + dense, stride_4, stride_8, readout, sparse)
+        candidates, fine = self._decode(
+            conditioned + dense, stride_4, stride_8, readout, self._embed_no_points()
+        )
         iou, best = candidates.predicted_iou[:, 1:].max(dim=1)
         # Chosen before it is drawn: three masks of four are never looked at.
         filters, token = (_pick(of_all, 1 + best) for of_all in (candidates.filters, candidates.tokens))
@@ -516,6 +519,8 @@ class SAM2S(nn.Module):
 
     def _embed_no_points(self) -> Tensor:
         """Sparse prompt of a frame without points, [1, 2, C]."""
+        if self.no_points is not None:
+            return self.no_points
         device = self.no_mem_embed.device
         padding = torch.zeros(1, 1, 2, device=device), -torch.ones(1, 1, device=device)
         sparse: Tensor = self.sam_prompt_encoder(points=padding, boxes=None, masks=None)[0]
@@ -523,6 +528,8 @@ class SAM2S(nn.Module):
 
     def _embed_places(self) -> Tensor:
         """What the decoder adds to a picture's embedding for its places, [1, C, h, w]."""
+        if self.dense_position is not None:
+            return self.dense_position
         return self.sam_prompt_encoder.get_dense_pe()  # type: ignore[no-any-return]
 
     def encode_memory(

@@ -27,12 +27,11 @@ from trocar_engines.network.sam2s import (
     Recognition,
 )
 from trocar_engines.runtime.clock import DeviceClock, HostClock, StageClock
+from trocar_engines.runtime.interface import MOST_LOOKS
 
 BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a captured batch. Between powers of two, for rows of padding cost as much as others: twelve cameras
 would be encoded as sixteen."""
-LOOK_ROWS = 2
-"""Objects that are looked at together, see `tracker.MOST_LOOKS`; more take several runs."""
 READ_POINTERS = 1 + RECENT_POINTERS
 """Pointers of a full bank: the conditioning frame's and the recent ones."""
 WARM_UP_RUNS = 2
@@ -145,7 +144,7 @@ class CudaRuntime:
         of_frames = shapes.variants()
         self.planned = frozenset(variant for variant in of_frames if variant in sessions)
         self.name = describe_stages(of_frames, self.planned)
-        looks = [Variant("recognise", rows) for rows in reversed(_buckets(LOOK_ROWS))]
+        looks = [Variant("recognise", rows) for rows in reversed(_buckets(MOST_LOOKS))]
         self.variants = [*of_frames, *(looks if self.config.classes else ())]
         try:
             self.network = halve(network, dtype, self.device, has_float32_norms=False)
@@ -207,7 +206,7 @@ class CudaRuntime:
         """Run a stage on any number of rows."""
         rows = len(tensors[0])
         shapes = self.shapes
-        wanted = {"encode_image": shapes.pictures, "recognise": LOOK_ROWS}.get(stage, shapes.rows)
+        wanted = {"encode_image": shapes.pictures, "recognise": MOST_LOOKS}.get(stage, shapes.rows)
         most = _buckets(wanted)[-1]
         if rows > most:
             parts = zip(*(tensor.split(most) for tensor in tensors), strict=True)

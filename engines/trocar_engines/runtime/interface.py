@@ -9,6 +9,9 @@ from trocar_engines.network.config import NetworkConfig
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, PromptTensors, Recognition
 from trocar_engines.runtime.clock import StageClock
 
+MOST_LOOKS = 2
+"""Objects of one batch that are looked at on one tick; the others wait their turn."""
+
 
 class Runtime(Protocol):
     """The stages of a frame's way; shapes and meaning as in `network.sam2s.SAM2S`.

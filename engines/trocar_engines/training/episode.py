@@ -4,6 +4,7 @@ Every row, an object of a clip, does the same at the same time, and what differs
 their place in the batch: nothing is read back from the device, so that a GPU can replay a whole step.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -153,7 +154,8 @@ class Episodes:
         features = [ImageFeatures(*(self._rows(maps) for maps in of_frame)) for of_frame in by_frame]
         masks = sample.masks.flatten(0, 1).float()
         counts = sample.is_shown.flatten().float()
-        memory, seen = _Memory(), _Memory()
+        memory = _Memory()
+        seen: list[Tensor] = []  # prototypes of the frames with their true masks
         parts: dict[str, list[Tensor]] = {"prompt": [], "track": [], "readout": [], "class": []}
         for t, now in enumerate(features):
             truth = masks[:, t]
@@ -320,16 +322,16 @@ class Episodes:
         return every._replace(presence_logit=every.presence_logit + presence), class_token
 
     def _read_truth(
-        self, now: ImageFeatures, seen: _Memory, truth: Tensor, counts: Tensor, losses: list[Tensor]
+        self, now: ImageFeatures, seen: list[Tensor], truth: Tensor, counts: Tensor, losses: list[Tensor]
     ) -> None:
         """Loss of the readout from the true masks of two frames before: what the keys can do."""
         readout = self.network.readout
         with torch.autocast(self.device.type, enabled=False):
             keys = now.keys.float()
-            if seen.prototypes:
-                prototypes = torch.stack([seen.prototypes[0], seen.prototypes[-1]], dim=1)
+            if seen:
+                prototypes = torch.stack([seen[0], seen[-1]], dim=1)
                 losses.append(readout_loss(readout(keys, prototypes)[0], truth, counts))
-            seen.prototypes.append(readout.prototypes(keys, truth_logits(self.network, truth)))
+            seen.append(readout.prototypes(keys, truth_logits(self.network, truth)))
 
     def _remember(
         self,
@@ -383,7 +385,7 @@ class Episodes:
         stranger = true_logits.roll(self.objects, dims=0)
         other = torch.where((drawn[:, 1] < 0.6).view(-1, 1, 1), sibling, stranger)
         ticks = torch.linspace(-1, 1, size, device=self.device)
-        angle, offset = 6.2832 * drawn[:, 2].view(-1, 1, 1), (drawn[:, 3] - 0.3).view(-1, 1, 1)
+        angle, offset = math.tau * drawn[:, 2].view(-1, 1, 1), (drawn[:, 3] - 0.3).view(-1, 1, 1)
         along = ticks.view(1, 1, -1) * angle.cos() + ticks.view(1, -1, 1) * angle.sin()
         cut = torch.where(along > offset, -10.0, logits)
         wrong = torch.where(is_cut.view(-1, 1, 1), cut, logits)

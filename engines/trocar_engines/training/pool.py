@@ -29,6 +29,7 @@ FEWEST_PIXELS = 60
 FRAME_RATES_HZ = (1.5, 3.0, 6.0, 12.0)
 """Steps from a twelfth of a second to most of one: a live stream and a memory minutes apart."""
 ASPECTS = (1.0, 1.25, 4 / 3, 16 / 9)
+"""Width over height of rendered operations before they are squeezed."""
 RETURNS_SHARE = 0.4
 """Of surgical scenes that show a return, see `returns`."""
 REAL_STRIDES = (1, 2, 4, 8)

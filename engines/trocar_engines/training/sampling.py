@@ -476,7 +476,17 @@ def _mark(rgb: Tensor, alpha: Tensor, kind: Tensor, drawn: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Looks:
-    """What a scope, a light source and a recorder do to each frame, [B·T, …], and to clips, [B, …]."""
+    """What a scope, a light source and a recorder do to each of B·T frames; pixels are in 0..1.
+
+    Args:
+        matrix: [B·T, 3, 3] from RGB to RGB.
+        gamma: [B·T] exponent.
+        blur: [B·T] share of the mean over 5x5 pixels.
+        noise: [B·T] standard deviation.
+        fog: [B·T] its greatest opacity, and `fog_colour`, [B·T, 3].
+        vignette: [B·T] share of the light that is lost in the corners.
+        is_interlaced: [M] clips of the batch.
+    """
 
     matrix: Floats
     gamma: Floats

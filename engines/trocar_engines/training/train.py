@@ -1,5 +1,6 @@
 """The training loop: stages of growing resolution, resumable, the same by seed."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -53,6 +54,11 @@ CLIPS_A_SEED = 10_000_000
 """Rendered clips of one training's seed never are another's."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Options of glibc's mallopt(3)."""
+
+Losses = dict[str, torch.Tensor]
+"""Parts of a step's loss by name, scalars."""
+Judged = tuple[torch.Tensor, Losses]
+"""The loss itself, and its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,27 +156,36 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a caller may show after a step."""
+    """What a caller may show after a step; `steps` and `seconds_left` to the end, whichever comes first."""
 
     step: int
     steps: int
     losses: dict[str, float]
-    seconds_per_step: float
+    seconds_left: float
 
 
 class NaNLossError(TrocarError):
     """The loss is not a number; names the batch's seed."""
 
 
-def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
+def train(
+    config: TrainConfig,
+    on_step: Callable[[Progress], None],
+    on_clip: Callable[[int, int], None] = lambda _done, _of: None,
+) -> Path:
     """Train or resume; returns the path of the averaged weights.
 
+    Args:
+        config: what to train.
+        on_step: called after some steps.
+        on_clip: called with the clips rendered so far, and how many come before the next step.
+
     Raises:
-        TrocarError: no clips; no parameter to learn; NaN loss.
+        TrocarError: no windows; no parameter to learn; NaN loss; a checkpoint of an earlier version.
     """
     _keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    run = _Run(config)
+    run = _Run(config, on_clip)
     started = time.perf_counter()
     begun_at = run.step
     batches = run.batches()
@@ -181,7 +196,10 @@ def train(config: TrainConfig, on_step: Callable[[Progress], None]) -> Path:
             losses = run.check_losses()
             seconds = (time.perf_counter() - started) / (run.step - begun_at)
             run.log(losses, seconds)
-            on_step(Progress(step=run.step, steps=config.steps, losses=losses, seconds_per_step=seconds))
+            left = (config.steps - run.step) * seconds
+            if config.minutes:
+                left = min(left, max(0.0, 60 * config.minutes - run.spent_s))
+            on_step(Progress(step=run.step, steps=config.steps, losses=losses, seconds_left=left))
         if run.step % config.save_every == 0 or is_last:
             run.save()
         if is_last:
@@ -204,20 +222,17 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def _drawn_ahead(samples: Generator[Sample]) -> Iterator[Sample]:
-    """Samples drawn one ahead of their steps, on a thread and a CUDA stream of their own."""
+def _drawn_ahead(samples: Generator[Sample]) -> Generator[Sample]:
+    """Samples drawn one ahead of their steps, on a thread of their own."""
     ready: queue.Queue[Sample | BaseException | None] = queue.Queue(maxsize=1)
     is_over = threading.Event()
 
     def draw() -> None:
-        stream = torch.cuda.Stream()
         try:
-            with torch.cuda.stream(stream):
-                for sample in samples:
-                    stream.synchronize()
-                    ready.put(sample)
-                    if is_over.is_set():
-                        return
+            for sample in samples:
+                ready.put(sample)
+                if is_over.is_set():
+                    return
             ready.put(None)
         except BaseException as error:  # what went wrong here stops the training there
             ready.put(error)
@@ -231,7 +246,8 @@ def _drawn_ahead(samples: Generator[Sample]) -> Iterator[Sample]:
             if isinstance(drawn, BaseException):
                 raise drawn
             for tensor in drawn.tensors:
-                tensor.record_stream(torch.cuda.current_stream())
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream())
             yield drawn
     finally:
         is_over.set()
@@ -241,19 +257,78 @@ def _drawn_ahead(samples: Generator[Sample]) -> Iterator[Sample]:
             thread.join(0.1)
 
 
+def _on_own_stream(samples: Generator[Sample]) -> Generator[Sample]:
+    """Samples made on a CUDA stream of the thread that asks for them, whole when they are handed over."""
+    stream = torch.cuda.Stream()
+    with contextlib.closing(samples), torch.cuda.stream(stream):
+        for sample in samples:
+            stream.synchronize()
+            yield sample
+
+
+class _TrackStep:
+    """One step on clips of one shape; on a GPU plain at first, then the replay of a captured one.
+
+    Args:
+        episodes: of that shape.
+        learn: changes the weights by a loss; returns it and its parts.
+    """
+
+    def __init__(self, episodes: Episodes, learn: Callable[[Judged], Losses]) -> None:
+        self._episodes, self._learn = episodes, learn
+        self._plain_steps = 0
+        self._static: Sample | None = None
+        self._replay: Callable[[], Losses] | None = None
+        self._side = torch.cuda.Stream() if episodes.device.type == "cuda" else None
+
+    def __call__(self, batch: Sample) -> Losses:
+        """Learn from a batch."""
+        if self._side is None:
+            return self._learn(self._episodes.run(batch))
+        if self._replay is not None and self._static is not None:
+            for static, new in zip(self._static.tensors, batch.tensors, strict=True):
+                static.copy_(new)
+            return self._replay()
+        self._side.wait_stream(torch.cuda.current_stream())
+        if self._plain_steps == PLAIN_STEPS:
+            self._replay = self._capture(batch, self._side)
+            torch.cuda.current_stream().wait_stream(self._side)
+            return self._replay()
+        self._plain_steps += 1
+        with torch.cuda.stream(self._side):
+            parts = self._learn(self._episodes.run(batch))
+        torch.cuda.current_stream().wait_stream(self._side)
+        return parts
+
+    def _capture(self, batch: Sample, side: torch.cuda.Stream) -> Callable[[], Losses]:
+        """A step on the batch's copy, so that the host launches one graph instead of every kernel."""
+        self._static = static = batch.cloned()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        # Samples are drawn on another thread meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            parts = self._learn(self._episodes.run(static))
+
+        def replay() -> Losses:
+            graph.replay()
+            return parts
+
+        return replay
+
+
 class _Run:
     """State of a training: network, average, optimiser, step."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self, config: TrainConfig, on_clip: Callable[[int, int], None] = lambda _done, _of: None
+    ) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        self.config = config
+        self.config, self._on_clip = config, on_clip
         self.step = 0
-        self.seconds = 0.0
-        self._begun = time.perf_counter()
-        self._parts: list[dict[str, torch.Tensor]] = []
-        self._replay: Callable[[], dict[str, torch.Tensor]] | None = None
-        self._episodes_of: tuple[int, ...] = ()
+        self._earlier_s, self._began_s = 0.0, time.perf_counter()
+        self._parts: list[Losses] = []
+        self._track_step: tuple[torch.Size, _TrackStep] | None = None
         self.size_px = 0
         self.network = self._build(config.stages[0].size_px)
         self.average: dict[str, torch.Tensor] = {
@@ -295,7 +370,7 @@ class _Run:
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self._replay = None
+        self._track_step = None  # it knows another network, or another optimiser
         # A captured step reads its rate from the device.
         return torch.optim.AdamW(
             groups,
@@ -309,7 +384,9 @@ class _Run:
         saved: dict[str, Any] = torch.load(
             self.checkpoint_path, weights_only=True, map_location=self.config.device
         )
-        self.step, self.seconds = saved["step"], saved["seconds"]
+        if "spent_s" not in saved:
+            raise TrocarError(f"{self.checkpoint_path}: of an earlier version; train into another --out")
+        self.step, self._earlier_s = saved["step"], saved["spent_s"]
         self.network = self._build(saved["size_px"])
         self.network.load_state_dict(saved["network"])
         self.average = saved["average"]
@@ -317,12 +394,17 @@ class _Run:
         self.optimiser.load_state_dict(saved["optimiser"])
 
     @property
+    def spent_s(self) -> float:
+        """Time of the training, that before a resumption included."""
+        return self._earlier_s + time.perf_counter() - self._began_s
+
+    @property
     def progress(self) -> float:
         """Share of the training that is done, by steps or by time, whichever is more."""
         by_steps = self.step / self.config.steps
         if not self.config.minutes:
             return by_steps
-        return max(by_steps, (self.seconds + time.perf_counter() - self._begun) / 60 / self.config.minutes)
+        return max(by_steps, self.spent_s / 60 / self.config.minutes)
 
     def save(self) -> None:
         """Write checkpoint and averaged weights.
@@ -333,7 +415,7 @@ class _Run:
         self.check_losses()
         saved = {
             "step": self.step,
-            "seconds": self.seconds + time.perf_counter() - self._begun,
+            "spent_s": self.spent_s,
             "size_px": self.size_px,
             "network": self.network.state_dict(),
             "average": self.average,
@@ -356,7 +438,7 @@ class _Run:
                 self._enter(stage.size_px)
                 samples = self._samples(stage, self.step, int(end))
                 is_cuda = torch.device(self.config.device).type == "cuda"
-                yield from _drawn_ahead(samples) if is_cuda else samples
+                yield from _drawn_ahead(_on_own_stream(samples)) if is_cuda else samples
 
     def _enter(self, size_px: int) -> None:
         if size_px == self.size_px:
@@ -382,8 +464,10 @@ class _Run:
         pool.added = max(0, added - config.pool_clips)
         count = added - pool.added + (end - begin) * config.fresh_clips
         rendered = self._render(config.clip_frames, pool.added, count)
-        for _ in range(added - pool.added):
+        first = added - pool.added
+        for done in range(1, first + 1):
             pool.add(next(rendered))
+            self._on_clip(done, first)
         sampler = ClipSampler(
             pool,
             clips=stage.clips,
@@ -464,7 +548,7 @@ class _Run:
         self.step += 1
         self._update_average()
 
-    def _learn(self, judged: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _learn(self, judged: Judged) -> Losses:
         """Change the weights by a loss; it and its parts."""
         loss, parts = judged
         self.optimiser.zero_grad(set_to_none=True)
@@ -494,49 +578,18 @@ class _Run:
         self._parts = []
         return dict(zip(names, table.mean(dim=0).tolist(), strict=True))
 
-    def _track(self, batch: Sample) -> dict[str, torch.Tensor]:
-        """One step on clips; on a GPU, after some plain ones, the replay of a captured one."""
-        if self._replay is not None:
-            for static, new in zip(self._static.tensors, batch.tensors, strict=True):
-                static.copy_(new)
-            return self._replay()
-        if self._episodes_of != batch.masks.shape:
-            clips, objects, frames = batch.masks.shape[:3]
-            self._episodes_of, self._plain_steps = batch.masks.shape, 0
-            self._episodes = Episodes(
+    def _track(self, batch: Sample) -> Losses:
+        """One step on clips."""
+        shape = batch.masks.shape
+        if self._track_step is None or self._track_step[0] != shape:
+            clips, objects, frames = shape[:3]
+            episodes = Episodes(
                 self.network, self.config.weights, clips=clips, objects=objects, frames=frames
             )
-        if not batch.pixels.is_cuda:
-            return self._learn(self._episodes.run(batch))
-        if self._plain_steps == 0:
-            self._side = torch.cuda.Stream()
-        self._plain_steps += 1
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            if self._plain_steps > PLAIN_STEPS:
-                return self._capture(batch)
-            parts = self._learn(self._episodes.run(batch))
-        torch.cuda.current_stream().wait_stream(self._side)
-        return parts
+            self._track_step = shape, _TrackStep(episodes, self._learn)
+        return self._track_step[1](batch)
 
-    def _capture(self, batch: Sample) -> dict[str, torch.Tensor]:
-        """Capture a step, so that the host launches one graph instead of 40,000 kernels; and replay it."""
-        self._static = batch.cloned()
-        graph = torch.cuda.CUDAGraph()
-        # Samples are drawn on another thread meanwhile.
-        with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
-            parts = self._learn(self._episodes.run(self._static))
-
-        def replay() -> dict[str, torch.Tensor]:
-            graph.replay()
-            return parts
-
-        self._replay = replay
-        torch.cuda.default_stream().wait_stream(self._side)
-        with torch.cuda.stream(torch.cuda.default_stream()):
-            return replay()
-
-    def _judge(self, batch: Windows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _judge(self, batch: Windows) -> Judged:
         seen, shape, classes = (values.to(self.config.device) for values in batch)
         token = self.network.without_class_memory(len(classes))
         logits = self.network.semantic_head.judge(token, seen, shape)
@@ -544,7 +597,7 @@ class _Run:
         is_right = logits.detach().argmax(1) == classes
         return loss, {"right": is_right.float().mean()}
 
-    def _compare(self, batch: Views) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _compare(self, batch: Views) -> Judged:
         views = Views(*(values.to(self.config.device) for values in batch))
         return appearance_loss(self.network.appearance_head.describe(views.seen), views), {}
 
