@@ -55,6 +55,7 @@ from trocar_engines.export import default_cache
 from trocar_engines.masklets import BoolArray, Float32Array, FrameMasklets, Masklet, UInt8Array
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.models import bank_config, cpu_threads, model_card
+from trocar_engines.runtime.interface import MOST_LOOKS
 from trocar_engines.scheduler import load_model
 from trocar_engines.tracker import Tracker, TrackerConfig
 
@@ -96,8 +97,8 @@ class EvaluatedModel(Protocol):
     def bank(self, policy: str) -> BankConfig:
         """Memory settings under a policy; fails with UnknownModelError."""
 
-    def open_tracker(self, bank: BankConfig, rows: int) -> RowTracker:
-        """A tracker of so many objects with memories up to the size of `bank`."""
+    def open_tracker(self, bank: BankConfig, rows: int, streams: int) -> RowTracker:
+        """A tracker of so many objects of so many streams with memories up to the size of `bank`."""
 
 
 OpenModel = Callable[[EngineOptions], EvaluatedModel]
@@ -123,9 +124,11 @@ class _LoadedModel:
     def bank(self, policy: str) -> BankConfig:
         return bank_config(self._entry, policy)
 
-    def open_tracker(self, bank: BankConfig, rows: int) -> Tracker:
-        # Prompts are given on the frame that was just tracked: no other needs to be kept.
-        return Tracker(self._runtime, TrackerConfig(rows=rows, bank=bank, most_kept_frames=1))
+    def open_tracker(self, bank: BankConfig, rows: int, streams: int) -> Tracker:
+        # Prompts are given on the frame that was just tracked: no other needs to be kept. No row waits for
+        # another's looks.
+        config = TrackerConfig(rows=rows, bank=bank, most_looks=streams * MOST_LOOKS, most_kept_frames=1)
+        return Tracker(self._runtime, config)
 
 
 # --- scores ---------------------------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def score_clips(
     """Track and score every clip with every row."""
     most_objects = max(len(clip.prompted_frames) for clip in clips)
     largest = max((row.bank for row in rows), key=lambda bank: bank.slots)
-    tracker = model.open_tracker(largest, len(rows) * most_objects)
+    tracker = model.open_tracker(largest, len(rows) * most_objects, len(rows))
     evaluation = Evaluation([[] for _ in rows], [], 0.0)
     task = progress.add_task("", total=sum(len(clip.frames) for clip in clips))
     for clip in clips:

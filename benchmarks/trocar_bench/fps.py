@@ -267,6 +267,7 @@ class Bench:
             runtime=engine.runtime,
             weights=self._weights if self._weights_name == "random" else engine.weights,
             threads=engine.threads,
+            is_compiled=engine.is_compiled,
             max_streams=self._most_streams(min(self._request.objects))
             if limits
             else max(self._request.streams),

@@ -224,7 +224,8 @@ def run_bench(
 def write_arguments(request: ServerRequest) -> list[str]:
     """Flags of `trocar serve`."""
     engine = request.engine
-    arguments = ["--address", request.address, "--runtime", engine.runtime]
+    arguments = ["--compile" if engine.is_compiled else "--no-compile"]
+    arguments += ["--address", request.address, "--runtime", engine.runtime]
     arguments += ["--max-streams", str(engine.max_streams)]
     arguments += ["--max-objects", str(max(request.max_objects, ServerConfig().max_objects))]
     for flag, value in (

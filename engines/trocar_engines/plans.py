@@ -3,12 +3,10 @@
 A plan is used only where it is at least as exact as the captured graph of the same shapes, and faster.
 """
 
+import functools
 import hashlib
 import json
 import logging
-import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,14 +21,23 @@ from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.models import bank_config, model_entry
 from trocar_engines.network.precision import halve
 from trocar_engines.network.sam2s import SAM2S
+from trocar_engines.runtime.comparison import (
+    USED,
+    Comparison,
+    Run,
+    compare_with_graph,
+    describe,
+    measure_us,
+    widen,
+)
 from trocar_engines.runtime.cuda import (
     Capture,
     CudaRuntime,
     DeviceShapes,
     GraphCapture,
-    Run,
     Session,
     Variant,
+    compile_with_inductor,
     require_gpu,
     session_run,
 )
@@ -39,13 +46,6 @@ from trocar_engines.runtime.tensorrt import TensorRtLibrary
 PLAN_STAGES = ("encode_image", "attend_memory", "attend_full", "track_masks", "encode_memory")
 """`decode_prompt` is missing: its points vary in number, and it runs once a prompt."""
 PRECISION = torch.float16
-MOST_ERROR = 0.02
-"""Relative error against eager float32 that no plan may exceed; half precision alone makes some 1e-3."""
-EXACTNESS_MARGIN = 1.5
-"""A plan's error over the captured graph's: the same precision, sums in another order."""
-TIMED_RUNS = 20
-TIMED_BLOCKS = 5
-USED = "used"
 PLANS, MANIFEST = "plans", "manifest.json"
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class DeviceIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanReport:
+class PlanReport(Comparison):
     """One plan against what it would replace.
 
     Args:
@@ -84,10 +84,6 @@ class PlanReport:
         file: of the plan, "" where none was built.
         file_hash: its SHA-256 in hex.
         inputs: names of its tensors in order, and `outputs` likewise.
-        error: largest relative error of an output against eager float32.
-        graph_error: that of the captured graph.
-        time_us: median time of a run, and `graph_time_us` of the captured graph.
-        verdict: `USED`, or why not.
     """
 
     stage: str
@@ -97,11 +93,6 @@ class PlanReport:
     file_hash: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    error: float | None = None
-    graph_error: float | None = None
-    time_us: float | None = None
-    graph_time_us: float | None = None
-    verdict: str
 
     @property
     def variant(self) -> Variant:
@@ -162,6 +153,7 @@ def load_gpu_runtime(
     shapes: DeviceShapes,
     *,
     choice: str,
+    is_compiled: bool,
     cache: Path,
     on_progress: Callable[[str], None],
 ) -> CudaRuntime:
@@ -172,6 +164,7 @@ def load_gpu_runtime(
         network: with its weights, on the CPU.
         shapes: what to capture.
         choice: "cuda", "tensorrt", or "auto" for plans where there are any and graphs elsewhere.
+        is_compiled: torch may compile stages, see `CudaRuntime`.
         cache: root of all engines.
         on_progress: called with a line of text.
 
@@ -191,15 +184,22 @@ def load_gpu_runtime(
             device=device,
             on_progress=on_progress,
         )
+    if is_compiled:
+        on_progress(f"{name}: compiling for {device.name} (longest once; cached afterwards)")
     runtime = CudaRuntime(
         network,
         shapes,
         dtype=PRECISION,
         sessions=sessions,
+        compile_stage=functools.partial(compile_with_inductor, cache=cache) if is_compiled else None,
         on_stage=lambda variant: log.info("%s: capturing %s", name, variant),
     )
-    planned = ", ".join(map(str, runtime.planned)) or "none"
-    log.info("%s runs as %s on %s; plans: %s", name, runtime.name, device.name, planned)
+    planned, compiled = (
+        ", ".join(map(str, variants)) or "none" for variants in (runtime.planned, runtime.compiled)
+    )
+    log.info(
+        "%s runs as %s on %s; plans: %s; compiled: %s", name, runtime.name, device.name, planned, compiled
+    )
     return runtime
 
 
@@ -377,7 +377,7 @@ def build_plans(
             path = folder / f"{variant}.plan"
             path.write_bytes(plan)
             report = replace(report, file=path.name, file_hash=hashlib.sha256(plan).hexdigest())
-            report = _judge(report, session, runtime, reference, capture, measure or _measure_us)
+            report = _judge(report, session, runtime, reference, capture, measure or measure_us)
         say(describe(report))
         reports.append(report)
     manifest = Manifest(
@@ -395,16 +395,6 @@ def build_plans(
     partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     partial.replace(folder / MANIFEST)
     return manifest
-
-
-def describe(report: PlanReport) -> str:
-    """A plan's verdict and the figures it rests on, as a line of text."""
-    if report.time_us is None or report.graph_time_us is None:
-        return report.verdict
-    return (
-        f"{report.verdict}; {report.time_us:.0f} µs against {report.graph_time_us:.0f}, "
-        f"error {report.error:.1e} against {report.graph_error:.1e}"
-    )
 
 
 def build_model_plans(
@@ -474,59 +464,11 @@ def _judge(
     variant = report.variant
     with torch.inference_mode():
         inputs = runtime.examples(variant)
-        expected = reference[variant.stage](*(_widen(tensor) for tensor in inputs))
-        of_graph = runtime.run_variant(variant, *inputs)
-        run = capture(session_run(session, inputs, of_graph))
-        error, graph_error = _largest_error(run(), expected), _largest_error(of_graph, expected)
-        time_us, graph_time_us = measure(run), measure(runtime.captured_run(variant))
-    if not math.isfinite(error):
-        return replace(report, verdict="not used: a value is not finite")
-    if error > MOST_ERROR:
-        verdict = f"not used: relative error {error:.1e} exceeds {MOST_ERROR:g}"
-    elif error > EXACTNESS_MARGIN * graph_error:
-        verdict = "not used: less exact than the captured graph"
-    elif time_us >= graph_time_us:
-        verdict = "not used: slower than the captured graph"
-    else:
-        verdict = USED
-    return replace(
-        report,
-        error=error,
-        graph_error=graph_error,
-        time_us=time_us,
-        graph_time_us=graph_time_us,
-        verdict=verdict,
-    )
+        expected = reference[variant.stage](*widen(inputs))
+        run = capture(session_run(session, inputs, runtime.run_variant(variant, *inputs)))
+        comparison = compare_with_graph(run, runtime.captured_run(variant), expected, measure)
+    return replace(report, **asdict(comparison))
 
 
 def _labelled(on_progress: Callable[[str], None], label: str) -> Callable[[str], None]:
     return lambda text: on_progress(f"{label}: {text}")
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _largest_error(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest norm of a difference over that of what was expected; infinite where a value is not finite."""
-    errors = [0.0]
-    for value, truth in zip(values, expected, strict=True):
-        if not value.isfinite().all():
-            return float("inf")
-        if truth.numel():
-            difference = (value.float() - truth).norm() / truth.norm().clamp(min=1e-6)
-            errors.append(float(difference))
-    return max(errors)
-
-
-def _measure_us(run: Run) -> float:
-    """Median time of a run over blocks of runs, the device waited for once a block."""
-    durations = []
-    for _ in range(1 + TIMED_BLOCKS):
-        torch.cuda.synchronize()
-        began = time.perf_counter_ns()
-        for _ in range(TIMED_RUNS):
-            run()
-        torch.cuda.synchronize()
-        durations.append((time.perf_counter_ns() - began) / TIMED_RUNS / 1e3)
-    return statistics.median(durations[1:])

@@ -61,6 +61,7 @@ class SchedulerConfig:
         weights: a weights file for the default model instead of the installed one.
         cache: folder for exported engines.
         threads: for inference; 0 takes every core.
+        is_compiled: torch may compile stages on a GPU, see `cuda.CudaRuntime`.
     """
 
     model: str = DEFAULT_MODEL
@@ -71,6 +72,7 @@ class SchedulerConfig:
     weights: Path | None = None
     cache: Path = field(default_factory=default_cache)
     threads: int = 0
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -531,6 +533,7 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
             network,
             device_shapes(banks, pictures=config.max_streams, rows=config.max_objects),
             choice=config.runtime,
+            is_compiled=config.is_compiled,
             cache=config.cache,
             on_progress=on_progress,
         )

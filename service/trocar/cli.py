@@ -157,6 +157,7 @@ class EngineOptions:
         max_streams: at once.
         max_objects: of all streams together, for each model.
         threads: of a model on a CPU; 0 for every core but one.
+        is_compiled: on a GPU, torch compiles the image encoder and it is used where it is faster.
     """
 
     model: str = ""
@@ -166,6 +167,7 @@ class EngineOptions:
     max_streams: int = 8
     max_objects: int = 64
     threads: int = 0
+    is_compiled: bool = False
 
 
 StartScheduler = Callable[[EngineOptions], "Scheduler"]
@@ -219,6 +221,7 @@ def scheduler_config(options: EngineOptions) -> "SchedulerConfig":
         weights=options.weights,
         max_streams=options.max_streams,
         max_objects=options.max_objects,
+        is_compiled=options.is_compiled,
     )
 
 
@@ -306,6 +309,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads of the model (default 0: every core but one, which decodes)",
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=EngineOptions.is_compiled,
+        help="on a GPU, let torch compile the image encoder: a minute at the first start, then cached; used "
+        f"where it proves exact and faster (default: {'yes' if EngineOptions.is_compiled else 'no'})",
+    )
 
 
 def read_engine_options(
@@ -320,6 +330,7 @@ def read_engine_options(
         max_streams=max_streams,
         max_objects=max_objects,
         threads=options.threads,
+        is_compiled=options.compile,
     )
 
 

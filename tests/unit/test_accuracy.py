@@ -205,7 +205,7 @@ class _FakeModel:
     def bank(self, policy: str) -> BankConfig:
         return BankConfig(policy=MemoryPolicy(policy))
 
-    def open_tracker(self, bank: BankConfig, rows: int) -> _FakeTracker:
+    def open_tracker(self, bank: BankConfig, rows: int, streams: int) -> _FakeTracker:
         return _FakeTracker(self, bank, rows)
 
 

@@ -35,6 +35,18 @@ def test_attention_by_products_equals_the_fused_one(has_bias: bool) -> None:
     assert expected.std() > 0.05
 
 
+@pytest.mark.parametrize("kind", list(AttentionKind))
+def test_every_kind_of_attention_gives_the_same(kind: AttentionKind) -> None:
+    """Where a device lacks a kernel, the next one takes its place."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, count, 32, generator=generator) for count in (10, 70))
+    value = torch.randn(2, 70, 8, generator=generator)
+    expected = attend(query, key, value)
+    given = widen(value, 32) if kind is AttentionKind.WIDE_FLASH else value
+    found = attend(query, key, given, kind=kind)[..., :8]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_complex_numbers_of_float16_turn_pairs_within_a_rounding() -> None:
     cos, sin = rope_tables(32, 4)

@@ -2,6 +2,11 @@
 
 import copy
 import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +15,10 @@ from torch import Tensor, nn
 
 from networks import TINY, lively_network
 from trocar_engines.errors import RuntimeUnavailableError
-from trocar_engines.export import example_inputs, stage_functions
+from trocar_engines.export import StageFunction, example_inputs, stage_functions
 from trocar_engines.masklets import Picture, Prompt
 from trocar_engines.memory.bank import BankConfig
-from trocar_engines.network.config import NETWORKS, HieraConfig, NetworkConfig
+from trocar_engines.network.config import NANO, NETWORKS, HieraConfig, NetworkConfig
 from trocar_engines.network.precision import ISLANDS, halve
 from trocar_engines.network.sam2s import (
     ChannelNorm,
@@ -23,14 +28,20 @@ from trocar_engines.network.sam2s import (
     PairPool,
     PromptTensors,
 )
+from trocar_engines.runtime import cuda
+from trocar_engines.runtime.comparison import Run
 from trocar_engines.runtime.cuda import (
+    COMPILED_ROWS,
+    COMPILED_STAGE,
     READ_POINTERS,
     Capture,
+    CompileStage,
     CudaRuntime,
     DeviceShapes,
-    Run,
+    Session,
     Variant,
     call_plainly,
+    compile_with_inductor,
 )
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
@@ -293,6 +304,165 @@ def test_network_too_large_for_the_device_is_refused_with_a_remedy() -> None:
 
     with pytest.raises(RuntimeUnavailableError, match=r"does not fit.*smaller --max-streams"):
         make_runtime(capture=fail)
+
+
+class FakeCompiler:
+    """Compiles a stage into itself, with a change to its outputs; `runs` counts its runs by rows."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda maps: maps) -> None:
+        self.change = change
+        self.runs: dict[int, int] = {}
+
+    def __call__(self, function: StageFunction, inputs: tuple[Tensor, ...]) -> StageFunction:
+        rows = len(inputs[0])
+        self.runs[rows] = 0
+
+        def compiled(*tensors: Tensor) -> tuple[Tensor, ...]:
+            self.runs[rows] += 1
+            return tuple(map(self.change, function(*tensors)))
+
+        return compiled
+
+
+def make_compiled(
+    compile_stage: CompileStage, *, compiled_us: float = 50.0, shapes: DeviceShapes = SHAPES
+) -> CudaRuntime:
+    durations = itertools.cycle((compiled_us, 100.0))
+    return CudaRuntime(
+        lively_network(),
+        shapes,
+        device="cpu",
+        dtype=torch.bfloat16,
+        capture=call_plainly,
+        compile_stage=compile_stage,
+        measure=lambda _: next(durations),
+    )
+
+
+def test_compiled_stage_that_wins_runs_in_the_place_of_the_captured_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiler = FakeCompiler()
+    with caplog.at_level(logging.INFO):
+        runtime = make_compiled(compiler, shapes=dataclasses.replace(SHAPES, pictures=6))
+    assert runtime.name == "cuda+inductor"
+    assert runtime.compiled == {Variant(COMPILED_STAGE, rows) for rows in COMPILED_ROWS}
+    assert "encode_image-r1 compiled: used; 50 µs against 100, error" in caplog.text
+    before = dict(compiler.runs)
+    inputs = examples(6)[COMPILED_STAGE][0]
+    for value, expected in zip(
+        runtime.encode_image(inputs[:3]), make_runtime().encode_image(inputs[:3]), strict=True
+    ):
+        assert relative(value, expected) < HALF_TOLERANCE
+    assert compiler.runs == {**before, 4: before[4] + 1}, "three pictures run in the graph of four"
+    runtime.encode_image(inputs)
+    assert compiler.runs == {**before, 4: before[4] + 1}, "six pictures are too many to gain"
+
+
+@pytest.mark.parametrize(
+    ("change", "compiled_us", "reason"),
+    [
+        (lambda maps: maps * 1.1, 50.0, "relative error"),
+        (lambda maps: maps * 1.015, 50.0, "less exact than the captured graph"),
+        (lambda maps: maps / 0, 50.0, "not finite"),
+        (lambda maps: maps, 120.0, "slower than the captured graph; 120 µs against 100"),
+    ],
+    ids=["wrong", "less-exact", "not-finite", "slower"],
+)
+def test_compiled_stage_that_is_less_exact_or_slower_is_logged_and_not_used(
+    change: Callable[[Tensor], Tensor], compiled_us: float, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = FakeCompiler(change)
+    runtime = make_compiled(compiler, compiled_us=compiled_us)
+    assert (runtime.name, runtime.compiled) == ("cuda", frozenset())
+    (first, _) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert reason in first.getMessage()
+    before = dict(compiler.runs)
+    runtime.encode_image(examples(1)[COMPILED_STAGE][0])
+    assert compiler.runs == before
+
+
+def test_stage_that_cannot_be_compiled_is_logged_and_stays_a_captured_graph(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def compile_unreadable(function: StageFunction, inputs: tuple[Tensor, ...]) -> StageFunction:
+        def breaks_the_graph(pixels: Tensor) -> tuple[Tensor, ...]:
+            torch._dynamo.graph_break()
+            return function(pixels)
+
+        return compile_with_inductor(breaks_the_graph, inputs, cache=tmp_path)
+
+    runtime = make_compiled(compile_unreadable)
+    assert (runtime.name, runtime.compiled) == ("cuda", frozenset())
+    (record,) = (record for record in caplog.records if record.name == cuda.__name__)
+    message = record.getMessage()
+    assert message.startswith("encode_image-r1: torch could not compile it (Unsupported: ")
+    assert "install triton and a C compiler" in message
+    assert message.endswith("--no-compile; the captured graph runs instead")
+    runtime.encode_image(examples(1)[COMPILED_STAGE][0])
+
+
+def test_plans_come_before_what_is_compiled() -> None:
+    shapes = DeviceShapes(pictures=1, rows=1, full_slots=(), most_slots=3)
+
+    class IdlePlan:
+        def bind(self, inputs: list[int], outputs: list[int]) -> None:
+            pass
+
+        def enqueue(self, stream: int) -> None:
+            pass
+
+    compiler = FakeCompiler()
+
+    def make(sessions: Mapping[Variant, Session]) -> CudaRuntime:
+        return CudaRuntime(
+            lively_network(),
+            shapes,
+            device="cpu",
+            capture=call_plainly,
+            sessions=sessions,
+            compile_stage=compiler,
+            measure=lambda _: 0.0,
+        )
+
+    make({Variant(COMPILED_STAGE, 1): IdlePlan()})
+    assert compiler.runs == {}
+    make({Variant("track_masks", 1): IdlePlan()})
+    assert list(compiler.runs) == [1]
+
+
+@pytest.mark.parametrize("config", [TINY, SMALL_HIERA], ids=["conv", "hiera"])
+def test_image_encoder_is_one_graph_to_the_compiler(config: NetworkConfig) -> None:
+    network = halve(lively_network(config), torch.bfloat16, has_float32_norms=False)
+    size = config.input_size_px
+    pixels = torch.randint(0, 256, (1, size, size, 3), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        compiled = torch.compile(network.encode_image, fullgraph=True, dynamic=False, backend="eager")
+        for value, expected in zip(compiled(pixels), network.encode_image(pixels), strict=True):
+            torch.testing.assert_close(value, expected, atol=0, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_inductor_compiles_nanos_image_encoder_as_exact_as_the_captured_one(tmp_path: Path) -> None:
+    network = lively_network(NANO)
+    durations = iter((50.0, 100.0))
+    shapes = DeviceShapes(pictures=1, rows=1, full_slots=(), most_slots=3)
+    runtime = CudaRuntime(
+        network,
+        shapes,
+        compile_stage=functools.partial(compile_with_inductor, cache=tmp_path),
+        # Whether it is faster is bench-fps' to say, on a GPU that does nothing else.
+        measure=lambda _: next(durations),
+    )
+    assert runtime.name == "cuda+inductor"
+    with torch.inference_mode():
+        (pixels,) = example_inputs(network, rows=1, slots=1, pointers=1, points=1)[COMPILED_STAGE]
+        for value, expected in zip(runtime.encode_image(pixels), network.encode_image(pixels), strict=True):
+            assert relative(value.cpu(), expected) < HALF_TOLERANCE
 
 
 @pytest.mark.gpu

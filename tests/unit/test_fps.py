@@ -456,6 +456,11 @@ def test_flags_of_the_server(tmp_path: Path) -> None:
     assert "--address 127.0.0.1:0 --runtime eager --max-streams 3 --max-objects 40 --model m" in text
     assert text.endswith(f"--weights {tmp_path}")
     assert "--memory" not in text
+    assert "--no-compile" in text
+    compiled = ServerRequest(
+        engine=dataclasses.replace(engine, is_compiled=True), max_objects=1, on_line=print
+    )
+    assert "--compile" in write_arguments(compiled)
     several = dataclasses.replace(engine, threads=3)
     assert write_arguments(ServerRequest(engine=several, max_objects=1, on_line=print))[-2:] == [
         "--threads",

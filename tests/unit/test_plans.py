@@ -22,7 +22,6 @@ from trocar_engines.export import example_inputs
 from trocar_engines.memory.bank import BankConfig
 from trocar_engines.models import bank_config, model_entry
 from trocar_engines.plans import (
-    USED,
     DeviceIdentity,
     Manifest,
     build_plans,
@@ -33,7 +32,8 @@ from trocar_engines.plans import (
     read_manifest,
     read_manifests,
 )
-from trocar_engines.runtime.cuda import CudaRuntime, DeviceShapes, Run, Variant, call_plainly
+from trocar_engines.runtime.comparison import USED, Run
+from trocar_engines.runtime.cuda import CudaRuntime, DeviceShapes, Variant, call_plainly
 from trocar_engines.runtime.tensorrt import TensorRtLibrary
 
 SHAPES = DeviceShapes(pictures=1, rows=2, full_slots=(3,), most_slots=5)

@@ -648,6 +648,37 @@ def test_objects_are_looked_at_in_turn_and_not_on_every_frame() -> None:
     assert known == {True}
 
 
+@pytest.mark.parametrize(("iou", "is_hidden"), [(SOUND_IOU - 0.1, True), (SOUND_IOU + 0.1, False)])
+def test_a_sudden_change_is_doubted_at_its_first_look(iou: float, is_hidden: bool) -> None:
+    """A mask that slips onto a neighbour; a sound one is believed for longer."""
+    runtime, frames = TellingRuntime(), 120
+    tracker, stream = begin(runtime, frames)
+    runtime.appearance, runtime.iou = 1, iou
+    states = watch(tracker, stream, range(frames, frames + 9))
+    assert (ObjectState.OCCLUDED in states) is is_hidden
+    runtime.appearance = 0
+    again = watch(tracker, stream, range(frames + 9, frames + 24))
+    assert again[-1] is ObjectState.VISIBLE, "what looks like the object again is the object"
+    assert not stream.objects[1].has_changed
+
+
+def test_streams_with_looks_of_their_own_do_not_wait_for_each_other() -> None:
+    looked_at = []
+    for count in (1, 3):
+        config = TrackerConfig(rows=4 * count, bank=BANK, most_looks=count * MOST_LOOKS)
+        tracker = Tracker(TellingRuntime(), config)
+        streams = [tracker.open_stream(BANK, 4) for _ in range(count)]
+        for index in range(12):
+            tracker.remember(tracker.step(streams, [picture(index)] * count))
+            for stream in streams if index == 0 else ():
+                for object_id in range(1, 5):
+                    tracker.prompt(stream, click(object_id, 0))
+        looked_at.append([[tracked.looked_at_s for tracked in stream.objects.values()] for stream in streams])
+    (alone,), together = looked_at
+    assert together == [alone] * 3
+    assert len(set(alone)) > 1, "of four objects two wait"
+
+
 def catch_up(tracker: Tracker, stream: StreamState) -> None:
     while stream.is_behind:
         tracker.catch_up([stream])

@@ -154,9 +154,9 @@ def test_samples_move_mask_and_picture_alike() -> None:
 
 def test_classes_go_with_their_objects() -> None:
     sample = sampler(Mix(synthetic=0.0, real=1.0, pasted=0.0)).draw(0)
-    assert set(sample.classes.flatten().tolist()) == {2}
+    assert set(sample.classes[sample.is_shown].tolist()) == {2}
     pasted = sampler(Mix(synthetic=0.0, real=0.0, pasted=1.0), objects=2).draw(0)
-    assert set(pasted.classes.flatten().tolist()) == {2}
+    assert set(pasted.classes[pasted.is_shown].tolist()) == {2}
 
 
 def test_some_clips_look_away_and_show_none_of_their_objects() -> None:
@@ -171,14 +171,30 @@ def test_some_clips_look_away_and_show_none_of_their_objects() -> None:
 
 def test_pasted_objects_come_and_go_over_a_still() -> None:
     mix = Mix(synthetic=0.0, real=0.0, pasted=1.0)
-    shown = torch.cat(
-        [
-            sampler(mix, objects=2, seed=seed).draw(0).masks.flatten(3).any(dim=3).flatten(0, 1)
-            for seed in range(4)
-        ]
-    )
+    samples = [sampler(mix, objects=2, seed=seed).draw(0) for seed in range(4)]
+    shown = torch.cat([sample.masks.flatten(3).any(dim=3)[sample.is_shown] for sample in samples])
+    assert len(shown) > 120, "a crop seldom leaves the objects out"
     assert shown[:, 0].all()
     assert 0.03 < (~shown).any(dim=1).float().mean() < 0.7
+
+
+def test_an_approached_object_grows_or_shrinks_and_stays_in_the_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWAY_SHARE", "TURNED_SHARE", "LOOK_ALIKE_SHARE"):
+        monkeypatch.setattr(f"trocar_engines.training.sampling.{name}", 0.0)
+    growth = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr("trocar_engines.training.sampling.APPROACH_SHARE", share)
+        monkeypatch.setattr("trocar_engines.training.sampling.LARGEST_APPROACHED", 0.9)
+        sample = sampler(Mix(synthetic=0.0, real=1.0, pasted=0.0), clips=40).draw(0)
+        assert sample.masks[sample.is_shown].flatten(2).any(dim=2).all(), "on every frame"
+        areas = sample.masks[sample.is_shown].float().mean(dim=(2, 3))
+        growth.append((areas[:, -1] / areas[:, 0]).log())
+    still, approached = growth
+    assert still.abs().max() < 0.1, "a disc that stands still"
+    assert (approached > 0.3).any()
+    assert (approached < -0.3).any()
 
 
 def test_look_alikes_never_are_the_object(monkeypatch: pytest.MonkeyPatch) -> None:

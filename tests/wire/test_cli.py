@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from trocar.cli import EngineOptions, main, scheduler_config
 from trocar.config import ServerConfig
 from trocar.local import LocalServer
+from trocar_engines.errors import TrocarError
 from trocar_engines.masklets import UInt8Array
 from wire.clips import HEIGHT_PX, WIDTH_PX, disc_center, draw_frames, encode_clip, encode_jpeg
 from wire.fakes import FakeScheduler, resize_linear
@@ -403,6 +404,24 @@ def test_model_leaves_a_core_to_decoding(
 ) -> None:
     monkeypatch.setattr("trocar_engines.models.cpu_threads", lambda: cores)
     assert scheduler_config(EngineOptions(threads=asked)).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_compiled"),
+    [([], EngineOptions.is_compiled), (["--compile"], True), (["--no-compile"], False)],
+)
+def test_compiling_is_asked_for_or_declined(
+    flags: list[str], is_compiled: bool, clip: str, tmp_path: Path
+) -> None:
+    asked: list[EngineOptions] = []
+
+    def start(options: EngineOptions) -> FakeScheduler:
+        asked.append(options)
+        raise TrocarError("asked for")
+
+    arguments = ["track", clip, "--point", ON_DISC, "--out", str(tmp_path / "out")]
+    assert main([*arguments, *flags], start_scheduler=start) == 2
+    assert [scheduler_config(options).is_compiled for options in asked] == [is_compiled]
 
 
 def test_threads_below_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

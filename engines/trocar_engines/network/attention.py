@@ -90,7 +90,7 @@ def choose_attention(
     One object's 1,024 queries on 7,232 keys of 256 channels, values of 64, H200, us: products 91, wide flash
     77, cuDNN 122. Of eight objects 354, 204 and 127, and with a bias (memory-efficient) 171. cuDNN gives all
     keys of 64 queries to one of 132 multiprocessors and takes as long for one object as for eight; flash
-    attention splits the keys, but reads values as wide as keys. Which kernel reads these is torch's choice.
+    attention splits the keys, but reads values as wide as keys; torch's own choice for these is cuDNN, 172.
     """
     is_small = rows * queries <= FEW_QUERIES
     if has_bias or not is_half:
@@ -101,25 +101,33 @@ def choose_attention(
 
 
 _BACKENDS = {
+    AttentionKind.WIDE_FLASH: [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     AttentionKind.CUDNN: [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     AttentionKind.EFFICIENT: [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 """First choice first; the others for shapes that it does not take."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    kind: AttentionKind | None = None,
+) -> Tensor:
     """Single-head attention of [B, N, D] on [B, M, D] and values [B, M, E]; bias [B, 1, M] on the scores.
 
     Computed in the query's type.
+
+    Args:
+        kind: from `choose_attention`; None leaves it to torch.
     """
-    if query.is_cuda and query.shape[2] != value.shape[2]:
-        kind = kind_of(query, key, bias)
-        if kind is AttentionKind.PRODUCTS:
-            return attend_by_products(query, key, value, bias)
-        if kind in _BACKENDS:
-            with sdpa_kernel(_BACKENDS[kind], set_priority=True):
-                return _attend_fused(query, key, value, bias)
-    return _attend_fused(query, key, value, bias)
+    if kind is AttentionKind.PRODUCTS:
+        return attend_by_products(query, key, value, bias)
+    if kind is None:
+        return _attend_fused(query, key, value, bias)
+    with sdpa_kernel(_BACKENDS[kind], set_priority=True):
+        return _attend_fused(query, key, value, bias)
 
 
 def kind_of(query: Tensor, key: Tensor, bias: Tensor | None) -> AttentionKind | None:
@@ -216,6 +224,7 @@ class RealRoPEAttention(RoPEAttention):  # type: ignore[misc]
         bias: Tensor | None,
         pointers: int,
         turn: Tensor | None = None,
+        kind: AttentionKind | None = None,
     ) -> Tensor:
         """Cross-attention from one picture to the slots of its object.
 
@@ -228,6 +237,7 @@ class RealRoPEAttention(RoPEAttention):  # type: ignore[misc]
                 nothing, and lets a GPU take its faster attention.
             pointers: number of pointer tokens, which carry no spatial rotation.
             turn: from `turn_of_slots`, all keys at once.
+            kind: how, see `attend`.
         """
         query = rotate_pairs(self.q_proj(queries), self.cos, self.sin, self.turn)
         key = self.k_proj(keys)
@@ -240,7 +250,7 @@ class RealRoPEAttention(RoPEAttention):  # type: ignore[misc]
             key = torch.cat([slots, key[:, spatial:]], dim=1)
         # attn·(M·W) = (attn·M)·W: projecting the attended memory instead of every memory token is exact,
         # for the weights of a row sum to one and so carry the bias of v_proj unchanged.
-        attended = attend(query, key, values, bias)
+        attended = attend(query, key, values, bias, kind)
         if attended.shape[2] > self.v_proj.in_features:
             attended = attended[..., : self.v_proj.in_features]
         return self.out_proj(self.v_proj(attended))  # type: ignore[no-any-return]
@@ -302,12 +312,15 @@ class SlotMemoryAttention(MemoryAttention):  # type: ignore[misc]
         # Cast once, not in every layer.
         keys, memory = keys.to(dtype), memory.to(dtype)
         turn = self._turn_of_slots(keys.shape[1], pointers)
-        if memory.is_cuda and kind_of(curr, keys, bias) is AttentionKind.WIDE_FLASH:
+        kind = kind_of(curr, keys, bias) if memory.is_cuda else None
+        if kind is AttentionKind.WIDE_FLASH:
             memory = widen(memory, curr.shape[2])
         for layer in self.layers:
             tokens = layer._forward_sa(tokens, None)
             attention: RealRoPEAttention = layer.cross_attn_image
-            tokens = tokens + attention.attend_slots(layer.norm2(tokens), keys, memory, bias, pointers, turn)
+            tokens = tokens + attention.attend_slots(
+                layer.norm2(tokens), keys, memory, bias, pointers, turn, kind
+            )
             tokens = tokens + layer.linear2(torch.relu(layer.linear1(layer.norm3(tokens))))
         return self.norm(tokens)  # type: ignore[no-any-return]
 

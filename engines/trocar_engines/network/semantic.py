@@ -20,8 +20,8 @@ LOGIT_SCALE = 10.0
 which lie close together; against orthonormal vectors that is sure of everything, and nothing was learnt."""
 WIDTHS = (32, 48, 64, 96)
 """Channels of the look through the window, whose sides each but the first halves."""
-TIP = Window(along=40, across=24, behind=4.0, beyond=1.75, aside=2.0)
-"""On the tip. A tracked mask lacks thin jaws: they lie beyond."""
+TIP = Window(along=56, across=24, behind=4.0, beyond=3.5, aside=2.0)
+"""On the tip. A tracked mask lacks thin jaws, or ends at the wrist: they lie beyond."""
 
 
 def class_vectors(classes: tuple[str, ...], dim: int) -> Tensor:

@@ -5,8 +5,12 @@ GPU waits. A graph is one launch, but has fixed shapes and addresses: batches ar
 and copied into static buffers.
 """
 
+import logging
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trocar_engines.errors import RuntimeUnavailableError
-from trocar_engines.export import example_inputs, stage_functions
+from trocar_engines.export import StageFunction, example_inputs, stage_functions
 from trocar_engines.memory.pool import RECENT_POINTERS
 from trocar_engines.network.precision import halve
 from trocar_engines.network.sam2s import (
@@ -27,6 +31,7 @@ from trocar_engines.network.sam2s import (
     Recognition,
 )
 from trocar_engines.runtime.clock import DeviceClock, HostClock, StageClock
+from trocar_engines.runtime.comparison import USED, Run, compare_with_graph, describe, measure_us, widen
 from trocar_engines.runtime.interface import MOST_LOOKS
 
 BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
@@ -36,9 +41,18 @@ READ_POINTERS = 1 + RECENT_POINTERS
 """Pointers of a full bank: the conditioning frame's and the recent ones."""
 WARM_UP_RUNS = 2
 """Plain runs before a capture: libraries choose kernels and take workspace, which a capture must not see."""
-Run = Callable[[], tuple[Tensor, ...]]
+COMPILED_STAGE = "encode_image"
+"""Half of a frame: hundreds of small kernels, most of them norms, casts, activations and sums that fuse. The
+others spend their time in products and attention."""
+COMPILED_ROWS = (1, 2, 4)
+"""Where kernels are too small to fill a GPU; every size costs seconds of each start, even from the cache."""
+MOST_COMPILED = 64
+"""Sizes times networks that one process may compile; torch gives up after 8."""
 Capture = Callable[[Run], Run]
 """Turns a run over static tensors into one that may be repeated; its outputs are overwritten each time."""
+CompileStage = Callable[[StageFunction, tuple[Tensor, ...]], StageFunction]
+"""Compiles a stage for the shapes of given inputs; raises RuntimeUnavailableError where it cannot."""
+log = logging.getLogger(__name__)
 
 
 class Variant(NamedTuple):
@@ -103,8 +117,14 @@ class Session(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Captured:
+    """A run that may be repeated over static inputs; `source` is what it was captured of.
+
+    The source is kept, for a graph reads constants and launches kernels that may belong to it.
+    """
+
     inputs: tuple[Tensor, ...]
     run: Run
+    source: Run
 
 
 class CudaRuntime:
@@ -120,6 +140,9 @@ class CudaRuntime:
         dtype: of half precision.
         capture: makes a run repeatable.
         sessions: plans that take the place of captured network code.
+        compile_stage: None, or what compiles `COMPILED_STAGE` in `COMPILED_ROWS`, where no plan runs it; used
+            only where it is as exact and faster than the captured graph.
+        measure: microseconds of a run, to compare what was compiled.
         on_stage: called with a variant's name before it is captured.
 
     Raises:
@@ -135,6 +158,8 @@ class CudaRuntime:
         dtype: torch.dtype = torch.float16,
         capture: Capture | None = None,
         sessions: Mapping[Variant, Session] | None = None,
+        compile_stage: CompileStage | None = None,
+        measure: Callable[[Run], float] = measure_us,
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.shapes, self.device = network.config, shapes, torch.device(device)
@@ -143,18 +168,22 @@ class CudaRuntime:
         sessions = sessions or {}
         of_frames = shapes.variants()
         self.planned = frozenset(variant for variant in of_frames if variant in sessions)
-        self.name = describe_stages(of_frames, self.planned)
         looks = [Variant("recognise", rows) for rows in reversed(_buckets(MOST_LOOKS))]
         self.variants = [*of_frames, *(looks if self.config.classes else ())]
         try:
             self.network = halve(network, dtype, self.device, has_float32_norms=False)
-            self._captured = self._capture_all(capture or GraphCapture(), sessions, on_stage)
+            capture = capture or GraphCapture()
+            self._captured = self._capture_all(capture, sessions, on_stage)
+            self.compiled: frozenset[Variant] = frozenset()
+            if compile_stage is not None:
+                self.compiled = self._compile_all(compile_stage, network, capture, measure)
         except torch.OutOfMemoryError as error:
             raise RuntimeUnavailableError(
                 f"the network does not fit the device's memory with graphs for {shapes.pictures} pictures "
                 f"and {shapes.rows} objects ({error}): start with a smaller --max-streams, a smaller model, "
                 "or free the device"
             ) from error
+        self.name = describe_stages(of_frames, self.planned, self.compiled)
 
     @torch.inference_mode()
     def _capture_all(
@@ -175,8 +204,42 @@ class CudaRuntime:
                 run = session_run(sessions[variant], inputs, function(*inputs))
             else:
                 run = _bound(function, inputs)
-            captured[variant] = _Captured(inputs=inputs, run=capture(run))
+            captured[variant] = _Captured(inputs=inputs, run=capture(run), source=run)
         return captured
+
+    @torch.inference_mode()
+    def _compile_all(
+        self,
+        compile_stage: CompileStage,
+        network: SAM2S,
+        capture: Capture,
+        measure: Callable[[Run], float],
+    ) -> frozenset[Variant]:
+        """Put compiled stages in the place of captured ones where they win; returns where they did."""
+        function = stage_functions(self.network)[COMPILED_STAGE]
+        reference = stage_functions(halve(network, torch.float32, self.device))[COMPILED_STAGE]
+        compiled = set()
+        for variant in (Variant(COMPILED_STAGE, rows) for rows in COMPILED_ROWS):
+            if variant not in self._captured or variant in self.planned:
+                continue
+            captured = self._captured[variant]
+            try:
+                source = _bound(compile_stage(function, captured.inputs), captured.inputs)
+            except RuntimeUnavailableError as error:
+                log.warning("%s: %s; the captured graph runs instead", variant, error)
+                # The other sizes would fail as this one did, each after as long.
+                break
+            run = capture(source)
+            expected = reference(*widen(captured.inputs))
+            comparison = compare_with_graph(run, captured.run, expected, measure)
+            is_used = comparison.verdict == USED
+            log.log(
+                logging.INFO if is_used else logging.WARNING, "%s compiled: %s", variant, describe(comparison)
+            )
+            if is_used:
+                self._captured[variant] = _Captured(inputs=captured.inputs, run=run, source=source)
+                compiled.add(variant)
+        return frozenset(compiled)
 
     def examples(self, variant: Variant) -> tuple[Tensor, ...]:
         """Inputs of a variant on the device, contiguous, for the caller to keep."""
@@ -327,6 +390,42 @@ def call_plainly(run: Run) -> Run:
     return run
 
 
+def compile_with_inductor(
+    function: StageFunction, inputs: tuple[Tensor, ...], *, cache: Path
+) -> StageFunction:
+    """See `CompileStage`: by torch.compile, which fuses what lies between products into few kernels.
+
+    Without CUDA graphs of its own, for what it returns is captured. Takes about a minute at first; what was
+    compiled is kept on disk, where TORCHINDUCTOR_CACHE_DIR says or else in the cache.
+
+    Args:
+        function: of `export.stage_functions`.
+        inputs: on the device.
+        cache: root of all engines.
+
+    Raises:
+        RuntimeUnavailableError: torch could not compile it; most often Triton or a C compiler is missing.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    try:
+        # Advice for who trains: that TF32 is off, that a GPU has few multiprocessors.
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(
+                function, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False}
+            )
+            compiled(*inputs)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # Dynamo's, Inductor's, Triton's and those of a subprocess share no base.
+        reason = str(error).strip().split("\n")[0]
+        raise RuntimeUnavailableError(
+            f"torch could not compile it ({type(error).__name__}: {reason}): install triton and a C compiler "
+            "(gcc), or start with --no-compile"
+        ) from error
+    return compiled
+
+
 def session_run(session: Session, inputs: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> Run:
     """A run of a plan on static inputs.
 
@@ -360,11 +459,16 @@ def require_gpu() -> None:
         )
 
 
-def describe_stages(variants: list[Variant], planned: frozenset[Variant]) -> str:
-    """Name of a runtime in which plans run some of the variants; "cuda" where they run none."""
-    if not planned:
-        return "cuda"
-    return "tensorrt" if len(planned) == len(variants) else "tensorrt+cuda"
+def describe_stages(
+    variants: list[Variant], planned: frozenset[Variant], compiled: frozenset[Variant]
+) -> str:
+    """Name of a runtime: "cuda", with "tensorrt" where plans run and "inductor" where compiled code does."""
+    parts = {
+        "tensorrt": bool(planned),
+        "cuda": len(planned) < len(variants),
+        "inductor": bool(compiled),
+    }
+    return "+".join(name for name, is_running in parts.items() if is_running)
 
 
 def _bound(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Run:

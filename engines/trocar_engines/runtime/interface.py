@@ -10,7 +10,7 @@ from trocar_engines.network.sam2s import Decoded, ImageFeatures, MemoryView, Pro
 from trocar_engines.runtime.clock import StageClock
 
 MOST_LOOKS = 2
-"""Objects of one batch that are looked at on one tick; the others wait their turn."""
+"""Objects of one stream that are looked at on one tick; the others wait their turn."""
 
 
 class Runtime(Protocol):

@@ -367,7 +367,9 @@ class Episodes:
         token = select_mask(every, torch.full_like(is_present, not is_prompted))[2]
         pointer = torch.where(is_present.unsqueeze(1), network.obj_ptr_proj(token), network.no_obj_ptr)
         memory.spatial.append(spatial)
-        memory.prototypes.append(prototypes)
+        # As `MemoryBank.reads` does: after a frame without the object the prompted picture counts alone.
+        told = memory.prototypes[0] if memory.prototypes else prototypes
+        memory.prototypes.append(torch.where(is_present.view(-1, 1, 1), prototypes, told))
         memory.pointers.append(pointer.float())
 
     def _misremember(self, logits: Tensor, is_present: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,12 @@ SCATTERED_SHARE = 0.5
 """Share of clips whose frames are drawn from all over, in order: what lies between them was not seen."""
 TURNED_SHARE = 0.35
 """Share of clips that are mirrored or turned from some frame on."""
+APPROACH_SHARE = 0.3
+"""Share of clips in which the camera comes closer to an object, or draws back from it, all along."""
+LEAST_APPROACH, MOST_APPROACH = 0.3, 1.6
+"""Logarithm of how many times larger the object becomes; of a scooter that drives up to the camera, 1.6."""
+LARGEST_APPROACHED = 0.6
+"""Side of a square of its area, over the picture's, to which an object is approached at most."""
 SMALLEST_VIEW, LARGEST_VIEW = 0.3, 0.7
 """Sides of views without objects that stand for looking away, over the picture's."""
 TRIED_VIEWS = 12
@@ -223,11 +229,11 @@ class ClipSampler:
         length = self.pool.shown.shape[1]
         flat = self.pool.pixels.flatten(0, 1)
         index = self._on_device(clip[:, None] * length + frames)
-        away = self._on_device(is_away)
-        views, has_view = self._find_views(rng, flat[index, :, :, 3])
+        away, ids = self._on_device(is_away), flat[index, :, :, 3]
+        views, has_view = self._find_views(rng, ids)
         other = self._on_device(self._any(rng, self.clips, is_fresh=True) * length)
         index = torch.where(away & ~has_view[:, None], other[:, None], index)
-        looked = self._on_device(theta)
+        looked = self._draw_approaches(rng, ids) @ self._on_device(theta)
         looked_away = torch.where(has_view.view(-1, 1, 1, 1), views.unsqueeze(1) @ looked, looked)
         looked = torch.where(away[..., None, None], looked_away, looked)[..., :2, :].flatten(0, 1)
         seen = flat[index].flatten(0, 1).permute(0, 3, 1, 2)
@@ -240,6 +246,37 @@ class ClipSampler:
         )
         labels = labels.to(torch.uint8).view(self.clips, self.frames, self.size_px, self.size_px)
         return images.unflatten(0, (self.clips, self.frames)), labels * ~away[..., None, None]
+
+    def _draw_approaches(self, rng: np.random.Generator, ids: Tensor) -> Tensor:
+        """Growing or shrinking views about an object of the first frame, wherever it is; theta [B, T, 3, 3].
+
+        Args:
+            ids: uint8 [B, T, S, S] object id of each pixel.
+        """
+        chosen = self._on_device(rng.random((self.clips, MOST_IDS)))
+        first = torch.zeros_like(chosen).scatter_(1, ids[:, 0].flatten(1).long(), 1.0)
+        first[:, 0] = 0
+        # An object that is not there has no area, and is approached nowhere.
+        is_object = (ids == (chosen * first).argmax(1).view(-1, 1, 1, 1)).float() * first.amax(1).view(
+            -1, 1, 1, 1
+        )
+        area = is_object.mean(dim=(2, 3))
+        ticks = (torch.arange(ids.shape[-1], device=self.device) + 0.5) * (2 / ids.shape[-1]) - 1
+        across, down = (
+            is_object.mean(dim=axis) @ ticks / (len(ticks) * area.clamp(min=1e-6)) for axis in (2, 3)
+        )
+        strength = rng.uniform(LEAST_APPROACH, MOST_APPROACH, self.clips)
+        strength *= rng.random(self.clips) < APPROACH_SHARE
+        side = area.amax(1).sqrt().clamp(min=1e-3)
+        most = self._on_device(strength).minimum((LARGEST_APPROACHED / side).log().clamp(min=0))
+        path = np.linspace(0, 1, self.frames)
+        path = np.where((rng.random(self.clips) < 0.5)[:, None], path, path[::-1])
+        zoom = (-most.unsqueeze(1) * self._on_device(path)).exp()
+        theta = torch.zeros(*zoom.shape, 3, 3, device=self.device)
+        theta[..., 0, 0] = theta[..., 1, 1] = zoom
+        theta[..., 0, 2], theta[..., 1, 2] = across * (1 - zoom), down * (1 - zoom)
+        theta[..., 2, 2] = 1
+        return theta
 
     def _find_views(self, rng: np.random.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A square of each clip without objects on any frame, theta [B, 3, 3], and whether there is one."""
