@@ -947,18 +947,18 @@ def _train(options: argparse.Namespace) -> int:
     from trocar_engines.network.config import network_config
     from trocar_engines.training.appearance import render_views
     from trocar_engines.training.train import GPU_STAGES, STAGES, Progress, TrainConfig, train
-    from trocar_engines.training.windows import fill_store, render_windows
+    from trocar_engines.training.windows import fill_store
 
     if options.only and options.start_from is None:
         raise TrocarError("--only needs --start-from: the rest of the network would stay random")
     if options.only == "classes" and options.real:
         raise TrocarError("--real clips name no classes: --only classes renders its own pictures")
     threads = options.threads or cpu_threads()
-    if options.only:
+    if options.only == "appearance":
         rendered = itertools.count(1)
         with _show_progress("rendering windows", options.scenes) as on_ground:
             fill_store(
-                render_windows if options.only == "classes" else render_views,
+                render_views,
                 options.windows,
                 size_px=network_config(options.model).input_size_px,
                 grounds=options.scenes,

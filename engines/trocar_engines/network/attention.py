@@ -46,9 +46,10 @@ def rotate_pairs(tokens: Tensor, cos: Tensor, sin: Tensor, turn: Tensor | None =
 
     Args:
         turn: cos + i·sin, complex64, or complex32 for float16 tokens. With it the pairs are turned as complex
-            numbers, which ONNX does not know: one pass over float16 tokens, or three, rather than eight.
+            numbers, which ONNX does not know: one pass over float16 tokens, or three, rather than eight. Not
+            read by a compiler, which makes one pass of the real ones and knows no complex ones either.
     """
-    if turn is not None:
+    if turn is not None and not torch.compiler.is_compiling():
         wide = tokens if turn.dtype is torch.complex32 else tokens.float()
         numbers = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         return torch.view_as_real(numbers * turn).flatten(-2).to(tokens.dtype)
@@ -286,7 +287,7 @@ class SlotMemoryAttention(MemoryAttention):  # type: ignore[misc]
         """`RealRoPEAttention.turn_of_slots` for so many tokens, which is the same in every layer."""
         attention: RealRoPEAttention = self.layers[0].cross_attn_image
         # Asked first: in an exported graph the number of tokens is none that could be looked up.
-        if self._turns is None or attention.memory_turn is None:
+        if self._turns is None or attention.memory_turn is None or torch.compiler.is_compiling():
             return None
         if (tokens, pointers) not in self._turns:
             slots = (tokens - pointers) // attention.memory_cos.shape[0]

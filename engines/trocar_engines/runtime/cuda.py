@@ -41,11 +41,13 @@ READ_POINTERS = 1 + RECENT_POINTERS
 """Pointers of a full bank: the conditioning frame's and the recent ones."""
 WARM_UP_RUNS = 2
 """Plain runs before a capture: libraries choose kernels and take workspace, which a capture must not see."""
-COMPILED_STAGE = "encode_image"
-"""Half of a frame: hundreds of small kernels, most of them norms, casts, activations and sums that fuse. The
-others spend their time in products and attention."""
-COMPILED_ROWS = (1, 2, 4)
-"""Where kernels are too small to fill a GPU; every size costs seconds of each start, even from the cache."""
+COMPILED_ROWS: dict[str, tuple[int, ...]] = {
+    "encode_image": (1, 2, 4, 8, 12),
+    "attend_full": (1, 2, 4, 8, 12),
+    "track_masks": (1, 2, 4, 8, 12),
+    "encode_memory": (1, 2, 4, 8, 12),
+}
+"""Rows for which a stage is compiled; every size costs seconds of each start, even from the cache."""
 MOST_COMPILED = 64
 """Sizes times networks that one process may compile; torch gives up after 8."""
 Capture = Callable[[Run], Run]
@@ -140,8 +142,8 @@ class CudaRuntime:
         dtype: of half precision.
         capture: makes a run repeatable.
         sessions: plans that take the place of captured network code.
-        compile_stage: None, or what compiles `COMPILED_STAGE` in `COMPILED_ROWS`, where no plan runs it; used
-            only where it is as exact and faster than the captured graph.
+        compile_stage: None, or what compiles `COMPILED_ROWS`, where no plan runs them; used only where it is
+            as exact and faster than the captured graph.
         measure: microseconds of a run, to compare what was compiled.
         on_stage: called with a variant's name before it is captured.
 
@@ -216,21 +218,24 @@ class CudaRuntime:
         measure: Callable[[Run], float],
     ) -> frozenset[Variant]:
         """Put compiled stages in the place of captured ones where they win; returns where they did."""
-        function = stage_functions(self.network)[COMPILED_STAGE]
-        reference = stage_functions(halve(network, torch.float32, self.device))[COMPILED_STAGE]
-        compiled = set()
-        for variant in (Variant(COMPILED_STAGE, rows) for rows in COMPILED_ROWS):
-            if variant not in self._captured or variant in self.planned:
+        functions, references = (
+            stage_functions(each) for each in (self.network, halve(network, torch.float32, self.device))
+        )
+        compiled, failed = set(), set()
+        for variant in self.variants:
+            is_wanted = variant.rows in COMPILED_ROWS.get(variant.stage, ())
+            if not is_wanted or variant in self.planned or variant.stage in failed:
                 continue
             captured = self._captured[variant]
             try:
-                source = _bound(compile_stage(function, captured.inputs), captured.inputs)
+                source = _bound(compile_stage(functions[variant.stage], captured.inputs), captured.inputs)
             except RuntimeUnavailableError as error:
                 log.warning("%s: %s; the captured graph runs instead", variant, error)
-                # The other sizes would fail as this one did, each after as long.
-                break
+                # Its other sizes would fail as this one did, each after as long.
+                failed.add(variant.stage)
+                continue
             run = capture(source)
-            expected = reference(*widen(captured.inputs))
+            expected = references[variant.stage](*widen(captured.inputs))
             comparison = compare_with_graph(run, captured.run, expected, measure)
             is_used = comparison.verdict == USED
             log.log(

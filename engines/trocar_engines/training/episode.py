@@ -40,8 +40,6 @@ MISREMEMBERED_SHARE = 0.2
 AGAIN_BOXED_SHARE = 0.35
 """Of the later frames that are prompted anew, without memory: their features are there, a lesson costs
 little. The others are clicked. The boxed ones belong to the last clips, whose first prompts are masks."""
-CLASSIFIED_EVERY = 3
-"""Frames between two looks at an object's class."""
 
 
 @dataclass(kw_only=True)
@@ -169,7 +167,7 @@ class Episodes:
                 parts["track"].append(mask_loss(every, truth, counts, weights, is_single_used=True))
             if network.config.readout_dim:
                 self._read_truth(now, seen, truth, counts, parts["readout"])
-            if network.config.classes and t % CLASSIFIED_EVERY == 0:
+            if network.config.classes:
                 logits = network.classify(
                     token, self._rows(sample.pixels[:, t]), mask_logits.detach().float()
                 )

@@ -428,8 +428,8 @@ class _Run:
 
     def batches(self) -> Generator[Sample | Windows | Views]:
         """What is left of every stage; moves the network to the stage's resolution."""
-        if self.config.only:
-            yield from self._window_loader() if self.config.only == "classes" else self._view_loader()
+        if self.config.only == "appearance":
+            yield from self._view_loader()
             return
         ends = np.cumsum([stage.share for stage in self.config.stages])
         ends = np.round(ends / ends[-1] * self.config.steps).astype(int)
