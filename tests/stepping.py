@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 from networks import TINY, lively_network
+from trocar_engines.masklets import Picture
 from trocar_engines.memory.bank import BankConfig
 from trocar_engines.models import model_entry
 from trocar_engines.runtime.eager import EagerRuntime
@@ -30,9 +31,15 @@ class SteppedTracker(Tracker):
         self.is_held = False
         self._permits = threading.Semaphore(0)
 
-    def step(self, streams, pictures):  # type: ignore[no-untyped-def]
+    def step(
+        self,
+        streams: list[StreamState],
+        pictures: list[Picture],
+        *,
+        coming: Callable[[], list[Picture]] = list,
+    ) -> Step:
         self.log.append("step")
-        step = super().step(streams, pictures)
+        step = super().step(streams, pictures, coming=coming)
         self.on_step()
         return step
 

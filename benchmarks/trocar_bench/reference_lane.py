@@ -184,6 +184,10 @@ class ReferenceLane:
 
     def _step(self, frame_id: int) -> None:
         self._clock.stage_ns.clear()
+        if self._predictor.device.type == "cuda":
+            # What sam2 compiles hands on tensors of its CUDA graphs. Untold, torch 2.11 takes
+            # each call for a new frame and ends with "output of CUDAGraphs that has been overwritten".
+            torch.compiler.cudagraph_mark_step_begin()
         number, object_ids, logits = next(self._frames)
         assert number == frame_id, "the predictor takes every frame in order"
         masks = logits[:, 0].float().cpu().numpy()

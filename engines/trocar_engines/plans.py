@@ -127,12 +127,15 @@ class Manifest:
 
 def device_shapes(banks: Sequence[BankConfig], *, pictures: int, rows: int) -> DeviceShapes:
     """What to capture for objects with any of these banks."""
+    # Once recent memory is full, long-term memories and corrections come one by one, and may never all come.
+    # The staging slot is never read.
+    full = {slots for bank in banks for slots in range(1 + bank.recent_slots, bank.slots)}
     return DeviceShapes(
         pictures=pictures,
         rows=rows,
-        full_slots=tuple(sorted({1 + bank.recent_slots + bank.long_term_slots for bank in banks})),
-        # The staging slot is never read.
-        most_slots=max(bank.slots for bank in banks) - 1,
+        full_slots=tuple(sorted(full)),
+        steady_slots=tuple(sorted({1 + bank.recent_slots + bank.long_term_slots for bank in banks})),
+        most_slots=max(full),
     )
 
 
@@ -362,7 +365,9 @@ def build_plans(
     runtime = CudaRuntime(network, shapes, device=device, dtype=PRECISION, capture=capture)
     reference = stage_functions(halve(network, torch.float32, device))
     reports = []
-    variants = [variant for variant in runtime.variants if variant.stage in stages]
+    variants = [
+        variant for variant in runtime.variants if variant.stage in stages and shapes.is_steady(variant)
+    ]
     for index, variant in enumerate(variants, start=1):
         say = _labelled(on_progress, f"{index}/{len(variants)} {variant}")
         say("building")

@@ -81,9 +81,12 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True, eq=False)
 class _PictureTask:
+    """A picture that waits; once the device works on it no newer one takes its place."""
+
     picture: Picture
     future: "Future[FrameMasklets]"
     offered_ns: int
+    is_begun: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -447,7 +450,12 @@ class Scheduler:
         try:
             if not self.is_healthy:
                 raise DeviceFaultError(DEVICE_FAILED)
-            step = tracker.step([stream.state for stream, _ in live], [task.picture for _, task in live])
+            streams = [stream for stream, _ in live]
+            step = tracker.step(
+                [stream.state for stream in streams],
+                [task.picture for _, task in live],
+                coming=lambda: self._begin_next(streams),
+            )
         except Exception as error:
             # The tracker raises nothing that a picture could provoke: this is a device fault or a defect,
             # and no mask after it can be trusted.
@@ -462,6 +470,20 @@ class Scheduler:
             tracker.remember(step)
         except Exception:  # memory may be half written
             self._fail("remembering failed")
+
+    def _begin_next(self, streams: list[TrackedStream]) -> list[Picture]:
+        """The next picture of each of the streams, which are then begun; none where one has none yet.
+
+        Some of them alone would make two batches of the next tick's one.
+        """
+        with self._wake:
+            following = [stream.tasks[0] if stream.tasks else None for stream in streams]
+            tasks = [task for task in following if isinstance(task, _PictureTask)]
+            if len(tasks) < len(streams):
+                return []
+            for task in tasks:
+                task.is_begun = True
+            return list({id(task.picture): task.picture for task in tasks}.values())
 
     def _fail(self, what: str) -> None:
         """Stop trusting the device; called while the fault is handled."""
@@ -481,6 +503,7 @@ def _explained(error: Exception) -> Exception:
 
 def _replaceable(stream: TrackedStream, waiting: list[_PictureTask]) -> _PictureTask | None:
     """The waiting picture that a newer one replaces; one that a prompt waits for is spared, once."""
+    waiting = [task for task in waiting if not task.is_begun]
     if not waiting:
         return None
     is_prompted = not isinstance(stream.tasks[-1], _PictureTask)

@@ -6,6 +6,7 @@ encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ wri
 import itertools
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -298,6 +299,14 @@ class _Batch(NamedTuple):
     class_token: Tensor
 
 
+class _Ahead(NamedTuple):
+    """Pictures that were encoded before their tick; kept, for `frames` knows them by their id."""
+
+    pictures: list[Picture]
+    frames: dict[int, KeptFrame]
+    clock: StageClock
+
+
 @dataclass(kw_only=True, eq=False)
 class Step:
     """A tick between reply and memory: the results, and what `remember` still has to write."""
@@ -321,6 +330,7 @@ class Tracker:
         self.network = runtime.config
         self.pool = MemoryPool(self.network, rows=config.rows, slots=config.bank.slots, device=runtime.device)
         self._memory_clock: StageClock | None = None
+        self._ahead: _Ahead | None = None
 
     @torch.inference_mode()
     def warm_semantics(self) -> None:
@@ -362,7 +372,13 @@ class Tracker:
         tracked.bank.release()
 
     @torch.inference_mode()
-    def step(self, streams: list[StreamState], pictures: list[Picture]) -> Step:
+    def step(
+        self,
+        streams: list[StreamState],
+        pictures: list[Picture],
+        *,
+        coming: Callable[[], list[Picture]] = list,
+    ) -> Step:
         """Track every object of each stream on its picture; `remember` completes the tick after the reply.
 
         Objects that were prompted in the past come one kept frame nearer to the present, as extra rows.
@@ -370,18 +386,22 @@ class Tracker:
         Args:
             streams: distinct.
             pictures: one per stream; one that several streams share is encoded once.
+            coming: pictures of the next tick, as far as they are known. Asked where calls return before the
+                device is done, once all of this tick is asked for: so the device encodes them while the host
+                reads this tick's masks, answers and prepares the next.
         """
         clock = self.runtime.start_clock()
-        frames = self._encode(streams, pictures)
+        frames, ahead_ns = self._encode(streams, pictures)
         clock.lap("encode_image")
         by_stream = [
             _rows(stream, frame, picture.pixels)
             for stream, frame, picture in zip(streams, frames, pictures, strict=True)
         ]
         rows = [*itertools.chain.from_iterable(by_stream), *_rows_behind(streams)]
-        batches = self._track(rows, clock)
+        batches = self._track(rows, clock, coming)
         # What the frame before took: on a GPU it is only now certain to be done.
         stage_ns = clock.read() | ({} if self._memory_clock is None else self._memory_clock.read())
+        stage_ns["encode_image"] = stage_ns.get("encode_image", 0) + ahead_ns
         results = [
             FrameMasklets(
                 frame_id=picture.frame_id,
@@ -397,12 +417,14 @@ class Tracker:
     def catch_up(self, streams: list[StreamState]) -> None:
         """Bring every object that was prompted in the past one kept frame nearer, without a new picture."""
         self.remember(
-            Step(results=[], batches=self._track(_rows_behind(streams), self.runtime.start_clock()))
+            Step(results=[], batches=self._track(_rows_behind(streams), self.runtime.start_clock(), list))
         )
 
-    def _track(self, rows: list[_Row], clock: StageClock) -> list[_Batch]:
+    def _track(
+        self, rows: list[_Row], clock: StageClock, coming: Callable[[], list[Picture]]
+    ) -> list[_Batch]:
         """Find each row's object on its frame, as many rows at a time as fit a batch."""
-        batches = []
+        batches, readbacks = [], []
         for start in range(0, len(rows), LARGEST_BATCH):
             batch = rows[start : start + LARGEST_BATCH]
             features = _stack([row.frame.features for row in batch])
@@ -417,11 +439,15 @@ class Tracker:
             clock.lap("attend_memory")
             decoded = self.runtime.track_masks(conditioned, features, prototypes)
             clock.lap("decode_masks")
-            for row, read in zip(batch, _read_back(self.runtime.read_back(decoded)), strict=True):
+            readbacks.append(self.runtime.read_back(decoded))
+            batches.append(_Batch(batch, features, decoded, class_token))
+        if self.runtime.is_asynchronous:
+            self._encode_ahead(coming())
+        for tracked, read_back in zip(batches, readbacks, strict=True):
+            for row, read in zip(tracked.rows, _describe(read_back()), strict=True):
                 can_look = row.pixels is not None
                 row.found_area = read.found_area
                 row.masklet = self._masklet(row.tracked, read, row.frame, can_look=can_look)
-            batches.append(_Batch(batch, features, decoded, class_token))
             clock.lap("readback")
         return batches
 
@@ -553,7 +579,7 @@ class Tracker:
         stream.objects[prompt.object_id] = tracked
         self._remember_prompt(tracked, frame, decoded, is_new=is_new)
         tracked.seen_at_s = frame.time_s  # whoever is pointed at is not lost
-        masklet = self._masklet(tracked, _read_back(self.runtime.read_back(decoded))[0], frame)
+        masklet = self._masklet(tracked, _describe(self.runtime.read_back(decoded)())[0], frame)
         tracked.behind = _way_back(stream, frame)
         tracked.missed = 0
         return PromptOutcome(frame_id=frame.frame_id, masklet=masklet)
@@ -569,14 +595,41 @@ class Tracker:
         stream.forget_gone()
         return stream.pinned.frame_id
 
-    def _encode(self, streams: list[StreamState], pictures: list[Picture]) -> list[KeptFrame]:
-        """Encode the pictures as one batch, each once, and keep their features."""
-        distinct = list({id(picture): picture for picture in pictures}.values())
-        pixels = _stack_pixels([picture.pixels for picture in distinct], self.runtime.device)
+    def _encode(self, streams: list[StreamState], pictures: list[Picture]) -> tuple[list[KeptFrame], int]:
+        """Encode the pictures as one batch, each once, and keep their features.
+
+        Returns:
+            the frames, and device time of what was encoded ahead, ns.
+        """
+        ahead, self._ahead = self._ahead, None
+        encoded = {} if ahead is None else ahead.frames
+        missing = {id(picture): picture for picture in pictures if id(picture) not in encoded}
+        encoded = encoded | self._encode_each(list(missing.values()))
+        frames = [encoded[id(picture)] for picture in pictures]
+        for stream, frame in zip(streams, frames, strict=True):
+            stream.kept.append(frame)
+            while len(stream.kept) > self._most_kept(frame):
+                stream.kept.popleft()
+            stream.forget_gone()
+        return frames, 0 if ahead is None else sum(ahead.clock.read().values())
+
+    def _encode_ahead(self, pictures: list[Picture]) -> None:
+        """Encode what the next tick is going to ask for."""
+        if pictures:
+            clock = self.runtime.start_clock()
+            frames = self._encode_each(pictures)
+            clock.lap("encode_image")
+            self._ahead = _Ahead(pictures, frames, clock)
+
+    def _encode_each(self, pictures: list[Picture]) -> dict[int, KeptFrame]:
+        """Frames of distinct pictures by their id, encoded as one batch."""
+        if not pictures:
+            return {}
+        pixels = _stack_pixels([picture.pixels for picture in pictures], self.runtime.device)
         features = self.runtime.encode_image(pixels)
         # From a GPU this begins a copy; the masks' readback waits for it too, before anyone reads it.
         summaries = features.embedding.mean(dim=(2, 3)).float().to("cpu", non_blocking=True).numpy()
-        encoded = {
+        return {
             id(picture): KeptFrame(
                 frame_id=picture.frame_id,
                 width_px=picture.width_px,
@@ -586,15 +639,8 @@ class Tracker:
                 features=ImageFeatures(*(maps[index : index + 1] for maps in features)),
                 summary=summaries[index],
             )
-            for index, picture in enumerate(distinct)
+            for index, picture in enumerate(pictures)
         }
-        frames = [encoded[id(picture)] for picture in pictures]
-        for stream, frame in zip(streams, frames, strict=True):
-            stream.kept.append(frame)
-            while len(stream.kept) > self._most_kept(frame):
-                stream.kept.popleft()
-            stream.forget_gone()
-        return frames
 
     def _most_kept(self, frame: KeptFrame) -> int:
         frame_bytes = sum(maps.nbytes for maps in frame.features)
@@ -822,8 +868,12 @@ class _Readback:
     found_area: int
 
 
-def _read_back(decoded: Decoded) -> list[_Readback]:
-    """The step's one wait for the device: everything the reply needs, on the host."""
+def _describe(decoded: Decoded) -> list[_Readback]:
+    """What the reply needs of each row.
+
+    Args:
+        decoded: on the host.
+    """
     masks = decoded.mask_logits.numpy()
     ious, presence = decoded.predicted_iou.tolist(), decoded.presence_logit.tolist()
     return [

@@ -915,16 +915,17 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "--only",
         choices=("classes", "appearance"),
         default="",
-        help="let only the semantic or the appearance head learn, from windows on rendered instruments",
+        help="let only the semantic head learn, from what the network tracks in rendered clips, or only the "
+        "appearance head, from rendered views of instruments",
     )
     parser.add_argument(
-        "--windows",
+        "--views",
         type=Path,
-        default=Path("runs/windows"),
-        help="folder of rendered windows, for --only; filled when short, 35 to 90 a scene",
+        default=Path("runs/views"),
+        help="folder of rendered views, for --only appearance; filled when short, 35 to 90 a scene",
     )
     parser.add_argument(
-        "--scenes", type=int, default=1300, help="operations to render windows of, for --only"
+        "--scenes", type=int, default=1300, help="operations to render views of, for --only appearance"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for every core")
@@ -945,9 +946,8 @@ def _read_stage(text: str) -> "Stage":
 def _train(options: argparse.Namespace) -> int:
     from trocar_engines.models import cpu_threads, set_torch_threads
     from trocar_engines.network.config import network_config
-    from trocar_engines.training.appearance import render_views
+    from trocar_engines.training.appearance import fill_store
     from trocar_engines.training.train import GPU_STAGES, STAGES, Progress, TrainConfig, train
-    from trocar_engines.training.windows import fill_store
 
     if options.only and options.start_from is None:
         raise TrocarError("--only needs --start-from: the rest of the network would stay random")
@@ -956,10 +956,9 @@ def _train(options: argparse.Namespace) -> int:
     threads = options.threads or cpu_threads()
     if options.only == "appearance":
         rendered = itertools.count(1)
-        with _show_progress("rendering windows", options.scenes) as on_ground:
+        with _show_progress("rendering views", options.scenes) as on_ground:
             fill_store(
-                render_views,
-                options.windows,
+                options.views,
                 size_px=network_config(options.model).input_size_px,
                 grounds=options.scenes,
                 workers=threads,
@@ -984,7 +983,7 @@ def _train(options: argparse.Namespace) -> int:
         start_from=options.start_from,
         device=options.device,
         only=options.only,
-        windows=options.windows,
+        views=options.views,
     )
     last: Progress | None = None
 

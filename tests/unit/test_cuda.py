@@ -32,7 +32,7 @@ from trocar_engines.network.sam2s import (
 from trocar_engines.runtime import cuda
 from trocar_engines.runtime.comparison import Run, largest_error
 from trocar_engines.runtime.cuda import (
-    COMPILED_ROWS,
+    COMPILED_STAGES,
     READ_POINTERS,
     Capture,
     CompileStage,
@@ -48,7 +48,7 @@ from trocar_engines.runtime.interface import Runtime
 from trocar_engines.tracker import Tracker, TrackerConfig
 
 BANK = BankConfig(recent_slots=2, long_term_slots=2, candidate_iou=0.0, candidate_interval_s=0.0)
-SHAPES = DeviceShapes(pictures=2, rows=4, full_slots=(3, 5), most_slots=BANK.slots - 1)
+SHAPES = DeviceShapes(pictures=2, rows=4, full_slots=(3, 5), steady_slots=(3, 5), most_slots=BANK.slots - 1)
 SMALL_HIERA = dataclasses.replace(
     NETWORKS["sam2.1-hiera-tiny"],
     trunk=HieraConfig(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
@@ -156,7 +156,7 @@ def test_every_variant_is_captured_once_and_before_the_first_frame() -> None:
 
 
 def test_twelve_pictures_are_not_padded_to_sixteen() -> None:
-    shapes = DeviceShapes(pictures=12, rows=1, full_slots=(), most_slots=3)
+    shapes = DeviceShapes(pictures=12, rows=1, full_slots=(), steady_slots=(), most_slots=3)
     rows = [variant.rows for variant in shapes.variants() if variant.stage == "encode_image"]
     assert rows == [12, 8, 6, 4, 2, 1]
 
@@ -288,7 +288,7 @@ def test_readback_is_one_tensor_and_equals_what_was_packed(runtime: CudaRuntime)
         PromptTensors(points, labels, mask, flags[0]),
         flags[1],
     )
-    for value, expected in zip(runtime.read_back(decoded), decoded, strict=True):
+    for value, expected in zip(runtime.read_back(decoded)(), decoded, strict=True):
         assert value.equal(expected)
 
 
@@ -328,6 +328,11 @@ class FakeCompiler:
         return compiled
 
 
+def compile_only(monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...], *, rows: tuple[int, ...]) -> None:
+    monkeypatch.setattr(cuda, "COMPILED_STAGES", stages)
+    monkeypatch.setattr(cuda, "COMPILED_ROWS", rows)
+
+
 def make_compiled(
     compile_stage: CompileStage, *, compiled_us: float = 50.0, shapes: DeviceShapes = SHAPES
 ) -> CudaRuntime:
@@ -346,14 +351,14 @@ def make_compiled(
 def test_compiled_stages_that_win_run_in_the_place_of_captured_ones(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "COMPILED_ROWS", {"encode_image": (1, 4), "attend_full": (2,)})
+    compile_only(monkeypatch, ("encode_image", "attend_full"), rows=(1, 4))
     compiler = FakeCompiler()
     with caplog.at_level(logging.INFO):
-        runtime = make_compiled(compiler, shapes=dataclasses.replace(SHAPES, pictures=6))
+        runtime = make_compiled(compiler, shapes=dataclasses.replace(SHAPES, pictures=6, steady_slots=(5,)))
     assert runtime.name == "cuda+inductor"
     assert sorted(map(str, runtime.compiled)) == [
-        "attend_full-r2-k3",
-        "attend_full-r2-k5",
+        "attend_full-r1-k5",
+        "attend_full-r4-k5",
         "encode_image-r1",
         "encode_image-r4",
     ]
@@ -386,7 +391,7 @@ def test_compiled_stage_that_is_less_exact_or_slower_is_logged_and_not_used(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "COMPILED_ROWS", {"encode_image": (1, 2)})
+    compile_only(monkeypatch, ("encode_image",), rows=(1, 2))
     compiler = FakeCompiler(change)
     runtime = make_compiled(compiler, compiled_us=compiled_us)
     assert (runtime.name, runtime.compiled) == ("cuda", frozenset())
@@ -412,8 +417,8 @@ def test_stage_that_cannot_be_compiled_is_logged_and_stays_a_captured_graph(
     runtime = make_compiled(compile_unreadable)
     assert (runtime.name, runtime.compiled) == ("cuda", frozenset())
     messages = [record.getMessage() for record in caplog.records if record.name == cuda.__name__]
-    assert {message.split("-")[0] for message in messages} == set(COMPILED_ROWS)
-    assert len(messages) == len(COMPILED_ROWS), "once of each stage, whatever its sizes"
+    assert {message.split("-")[0] for message in messages} == set(COMPILED_STAGES)
+    assert len(messages) == len(COMPILED_STAGES), "once of each stage, whatever its sizes"
     for message in messages:
         assert "torch could not compile it (Unsupported: " in message
         assert "install triton and a C compiler" in message
@@ -422,8 +427,8 @@ def test_stage_that_cannot_be_compiled_is_logged_and_stays_a_captured_graph(
 
 
 def test_plans_come_before_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "COMPILED_ROWS", {"encode_image": (1,)})
-    shapes = DeviceShapes(pictures=1, rows=1, full_slots=(), most_slots=3)
+    compile_only(monkeypatch, ("encode_image",), rows=(1,))
+    shapes = DeviceShapes(pictures=1, rows=1, full_slots=(), steady_slots=(), most_slots=3)
 
     class IdlePlan:
         def bind(self, inputs: list[int], outputs: list[int]) -> None:
@@ -451,7 +456,7 @@ def test_plans_come_before_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(compiler.runs) == [(1, 1)]
 
 
-@pytest.mark.parametrize("stage", COMPILED_ROWS)
+@pytest.mark.parametrize("stage", COMPILED_STAGES)
 @pytest.mark.parametrize("config", [TINY, SMALL_HIERA], ids=["conv", "hiera"])
 def test_stage_is_one_graph_to_the_compiler(config: NetworkConfig, stage: str) -> None:
     network = halve(lively_network(config), torch.bfloat16, has_float32_norms=False)
@@ -473,17 +478,17 @@ def test_stage_is_one_graph_to_the_compiler(config: NetworkConfig, stage: str) -
 def test_inductor_compiles_nanos_stages_as_exact_as_the_captured_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "COMPILED_ROWS", dict.fromkeys(COMPILED_ROWS, (1,)))
+    compile_only(monkeypatch, COMPILED_STAGES, rows=(1,))
     network = lively_network(NANO)
     durations = itertools.cycle((50.0, 100.0))
     runtime = CudaRuntime(
         network,
-        DeviceShapes(pictures=1, rows=1, full_slots=(3,), most_slots=3),
+        DeviceShapes(pictures=1, rows=1, full_slots=(3,), steady_slots=(3,), most_slots=3),
         compile_stage=functools.partial(compile_with_inductor, cache=tmp_path),
         # Whether it is faster is bench-fps' to say, on a GPU that does nothing else.
         measure=lambda _: next(durations),
     )
-    assert {variant.stage for variant in runtime.compiled} == set(COMPILED_ROWS)
+    assert {variant.stage for variant in runtime.compiled} == set(COMPILED_STAGES)
     with torch.inference_mode():
         (pixels,) = example_inputs(network, rows=1, slots=1, pointers=1, points=1)["encode_image"]
         for value, expected in zip(runtime.encode_image(pixels), network.encode_image(pixels), strict=True):

@@ -36,7 +36,7 @@ from trocar_engines.runtime.comparison import USED, Run
 from trocar_engines.runtime.cuda import CudaRuntime, DeviceShapes, Variant, call_plainly
 from trocar_engines.runtime.tensorrt import TensorRtLibrary
 
-SHAPES = DeviceShapes(pictures=1, rows=2, full_slots=(3,), most_slots=5)
+SHAPES = DeviceShapes(pictures=1, rows=2, full_slots=(3,), steady_slots=(3,), most_slots=5)
 STAGES = ("encode_image", "track_masks")
 GPU = DeviceIdentity(name="Imaginary 9000", compute_capability="9.0")
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -297,7 +297,8 @@ def test_shapes_follow_from_the_banks_of_every_policy() -> None:
     base = model_entry("sam2.1-hiera-base-plus-512")
     banks = [bank_config(base, policy) for policy in ("vanilla", "fifo", "spread")]
     shapes = device_shapes(banks, pictures=8, rows=64)
-    assert shapes.full_slots == (7, 11)
+    assert shapes.full_slots == (7, 8, 9, 10, 11, 12, 13)
+    assert shapes.steady_slots == (7, 11)
     assert shapes.most_slots == 1 + 6 + 4 + BankConfig().correction_slots
     assert max(variant.rows for variant in shapes.variants()) == 32
 

@@ -25,6 +25,7 @@ from trocar_engines.network.sam2s import SAM2S, Decoded
 from trocar_engines.network.weights import save_weights
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.scheduler import QUEUE_CAPACITY, Scheduler, SchedulerConfig, TrackedStream
+from trocar_engines.tracker import Step, StreamState
 
 TIMEOUT_S = 20
 
@@ -314,6 +315,68 @@ def test_live_pictures_wait_for_one_step_of_another_streams_way_at_most(
     assert tracker.log.count("catch_up") == 8
     offered = tracker.log[tracker.log.index("step") :][:8]
     assert "catch_up, catch_up" not in ", ".join(offered)
+
+
+class AnnouncedTracker(SteppedTracker):
+    """Asks what is coming in every step, as on a GPU, and notes the numbers of the frames."""
+
+    def __init__(self, kept_frames: int) -> None:
+        super().__init__(kept_frames)
+        self.announced: list[list[int]] = []
+        self.tracked: list[list[int]] = []
+        self.before_asking: Callable[[], None] = lambda: None
+
+    def step(
+        self,
+        streams: list[StreamState],
+        pictures: list[Picture],
+        *,
+        coming: Callable[[], list[Picture]] = list,
+    ) -> Step:
+        self.before_asking()
+        self.announced.append([picture.frame_id for picture in coming()])
+        self.tracked.append([picture.frame_id for picture in pictures])
+        return super().step(streams, pictures)
+
+
+def test_next_pictures_are_announced_once_every_stream_of_the_tick_has_one_and_are_then_not_replaced() -> (
+    None
+):
+    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
+    assert isinstance(tracker, AnnouncedTracker)
+    try:
+        streams = [scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2)]
+        late: list[Future[FrameMasklets]] = []
+        asking: list[Callable[[], None]] = [
+            lambda: late.append(streams[0].offer(tiny_picture(1))),
+            lambda: late.extend(
+                [*(stream.offer(tiny_picture(2)) for stream in streams), streams[1].offer(tiny_picture(3))]
+            ),
+        ]
+        tracker.before_asking = lambda: asking.pop(0)() if asking else None
+        tracker.on_step = lambda: (
+            late.append(streams[0].offer(tiny_picture(4))) if len(tracker.announced) == 2 else None
+        )
+        with scheduler._wake:  # both in one tick
+            first = [stream.offer(tiny_picture(0)) for stream in streams]
+        for future in first:
+            future.result(TIMEOUT_S)
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(tracker.tracked) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert tracker.tracked == [[0, 0], [1], [2, 3], [4]]
+        assert tracker.announced[0] == [], "the other stream has none yet"
+        assert tracker.announced[1] == [2]
+        results = [future.result(TIMEOUT_S) for future in late]
+        assert [(result.frame_id, result.is_dropped) for result in results] == [
+            (1, False),
+            (2, False),
+            (2, True),
+            (3, False),
+            (4, False),
+        ], "only what had not begun was replaced"
+    finally:
+        scheduler.close()
 
 
 @pytest.mark.parametrize("is_live", [False, True])

@@ -90,6 +90,35 @@ def test_shared_picture_is_encoded_once_and_tracked_by_each_stream() -> None:
     assert runtime.encoded == 4
 
 
+class AsynchronousRuntime(CountingRuntime):
+    """Says that the host may go on while the device works."""
+
+    is_asynchronous = True
+
+
+def test_pictures_encoded_ahead_are_encoded_once_and_change_no_mask() -> None:
+    ahead, plain = AsynchronousRuntime(lively_network()), CountingRuntime(lively_network())
+    masks = []
+    for runtime in (ahead, plain):
+        tracker = Tracker(runtime, TrackerConfig(rows=4, bank=BANK))
+        streams = [tracker.open_stream(BANK, 1) for _ in range(2)]
+        ticks = [[picture(frame), picture(frame, seed=99 + frame)] for frame in range(8)]
+        coming = iter(ticks[1:])
+        for frame, pictures in enumerate(ticks[:6]):
+            # Before the fifth tick other pictures come than were announced.
+            step = tracker.step(streams, ticks[7] if frame == 4 else pictures, coming=partial(next, coming))
+            assert all(result.stage_ns["encode_image"] > 0 for result in step.results)
+            tracker.remember(step)
+            if frame == 0:
+                for stream in streams:
+                    tracker.prompt(stream, click(1, 0))
+            masks += [result.masklets[0].mask_logits for result in step.results if result.masklets]
+        assert len(list(coming)) == (1 if runtime is ahead else 7), "asked on every tick, or never"
+    np.testing.assert_array_equal(masks[: len(masks) // 2], masks[len(masks) // 2 :])
+    assert plain.encoded == 2 * 6
+    assert ahead.encoded == 2 * (1 + 6 + 1), "the first, six ahead, and the one that nobody announced"
+
+
 def test_batching_objects_and_streams_changes_no_mask() -> None:
     together, alone = make_tracker(), make_tracker()
     streams = [together.open_stream(BANK, 2), together.open_stream(BANK, 2)]

@@ -6,9 +6,10 @@ and copied into static buffers.
 """
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -37,17 +38,16 @@ from trocar_engines.runtime.interface import MOST_LOOKS
 BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a captured batch. Between powers of two, for rows of padding cost as much as others: twelve cameras
 would be encoded as sixteen."""
+SLOTTED_INPUTS = (1, 2, 3)
+"""Of the stages that attend to memory: `MemoryView.spatial`, `slot_time`, `slot_bias`, each [B, K, …]."""
 READ_POINTERS = 1 + RECENT_POINTERS
 """Pointers of a full bank: the conditioning frame's and the recent ones."""
 WARM_UP_RUNS = 2
 """Plain runs before a capture: libraries choose kernels and take workspace, which a capture must not see."""
-COMPILED_ROWS: dict[str, tuple[int, ...]] = {
-    "encode_image": (1, 2, 4, 8, 12),
-    "attend_full": (1, 2, 4, 8, 12),
-    "track_masks": (1, 2, 4, 8, 12),
-    "encode_memory": (1, 2, 4, 8, 12),
-}
-"""Rows for which a stage is compiled; every size costs seconds of each start, even from the cache."""
+COMPILED_STAGES = ("encode_image", "attend_full", "track_masks", "encode_memory")
+"""What runs on every frame of an operation but its first; H200: 11, 16, 29 and 48% faster for one object."""
+COMPILED_ROWS = (1, 2, 4, 8, 12)
+"""Rows for which stages are compiled; every size costs seconds of each start, even from the cache."""
 MOST_COMPILED = 64
 """Sizes times networks that one process may compile; torch gives up after 8."""
 Capture = Callable[[Run], Run]
@@ -81,13 +81,15 @@ class DeviceShapes:
     Args:
         pictures: most pictures in a batch; larger batches are split.
         rows: most objects in a batch, likewise.
-        full_slots: slots of banks without an empty place; they have variants without bias.
+        full_slots: slots of rows that all read as many; they have variants without bias.
+        steady_slots: those among them that rows read most of the time.
         most_slots: slots that any bank can fill.
     """
 
     pictures: int
     rows: int
     full_slots: tuple[int, ...]
+    steady_slots: tuple[int, ...]
     most_slots: int
 
     def variants(self) -> list[Variant]:
@@ -105,6 +107,10 @@ class DeviceShapes:
             Variant(stage, rows) for stage in ("track_masks", "encode_memory") for rows in _buckets(self.rows)
         ]
         return sorted([*pictures, *attended, *others], key=lambda variant: -variant.rows)
+
+    def is_steady(self, variant: Variant) -> bool:
+        """Whether a graph is run often enough to be worth minutes of building."""
+        return variant.stage != "attend_full" or variant.slots in self.steady_slots
 
 
 class Session(Protocol):
@@ -142,8 +148,8 @@ class CudaRuntime:
         dtype: of half precision.
         capture: makes a run repeatable.
         sessions: plans that take the place of captured network code.
-        compile_stage: None, or what compiles `COMPILED_ROWS`, where no plan runs them; used only where it is
-            as exact and faster than the captured graph.
+        compile_stage: None, or what compiles `COMPILED_STAGES`, where no plan runs them; used only where it
+            is as exact and faster than the captured graph.
         measure: microseconds of a run, to compare what was compiled.
         on_stage: called with a variant's name before it is captured.
 
@@ -165,6 +171,7 @@ class CudaRuntime:
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.shapes, self.device = network.config, shapes, torch.device(device)
+        self.is_asynchronous = self.device.type == "cuda"
         if self.device.type == "cuda":
             require_gpu()
         sessions = sessions or {}
@@ -192,14 +199,19 @@ class CudaRuntime:
         self, capture: Capture, sessions: Mapping[Variant, Session], on_stage: Callable[[str], None]
     ) -> dict[Variant, _Captured]:
         functions = stage_functions(self.network)
-        buffers: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        largest = {
+            variant.stage: variant
+            for variant in sorted(self.variants, key=lambda each: (each.rows, each.slots))
+        }
+        buffers = {stage: self.examples(variant) for stage, variant in largest.items()}
         captured = {}
         for variant in self.variants:
-            key = variant.stage, variant.slots
-            if key not in buffers:
-                buffers[key] = self.examples(variant)
-            # Smaller buckets use the first rows of the largest one's buffers.
-            inputs = tuple(buffer[: variant.rows] for buffer in buffers[key])
+            # Smaller ones use the begin of the largest one's buffers.
+            shapes = buffer_shapes(buffers[variant.stage], largest[variant.stage], variant)
+            inputs = tuple(
+                buffer.flatten()[: math.prod(shape)].view(shape)
+                for buffer, shape in zip(buffers[variant.stage], shapes, strict=True)
+            )
             on_stage(str(variant))
             function = functions[variant.stage]
             if variant in sessions:
@@ -223,8 +235,10 @@ class CudaRuntime:
         )
         compiled, failed = set(), set()
         for variant in self.variants:
-            is_wanted = variant.rows in COMPILED_ROWS.get(variant.stage, ())
-            if not is_wanted or variant in self.planned or variant.stage in failed:
+            is_wanted = variant.stage in COMPILED_STAGES and variant.rows in COMPILED_ROWS
+            if not is_wanted or not self.shapes.is_steady(variant):
+                continue
+            if variant in self.planned or variant.stage in failed:
                 continue
             captured = self._captured[variant]
             try:
@@ -349,17 +363,27 @@ class CudaRuntime:
         return DeviceClock() if self.device.type == "cuda" else HostClock()
 
     @torch.inference_mode()
-    def read_back(self, decoded: Decoded) -> Decoded:
+    def read_back(self, decoded: Decoded) -> Callable[[], Decoded]:
         """See `Runtime.read_back`: packed into one tensor on the device, so one copy and one wait."""
         fields = [field.to(self.device).float().reshape(len(field), -1) for field in decoded]
         packed = torch.cat(fields, dim=1)
-        if packed.is_cuda:
-            # Into pinned memory, which is wanted back: what the caller keeps is a copy.
-            packed = packed.to("cpu", non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            packed = packed.clone()
-        columns = packed.split([field.shape[1] for field in fields], dim=1)
-        return Decoded(*(column.reshape(field.shape) for column, field in zip(columns, decoded, strict=True)))
+        copied = packed.to("cpu", non_blocking=True)
+        done = torch.cuda.Event() if packed.is_cuda else None
+        if done is not None:
+            # Not a wait for all: what is asked of the device from here on is not waited for.
+            done.record()
+
+        def wait() -> Decoded:
+            host = copied
+            if done is not None:
+                done.synchronize()
+                host = copied.clone()  # pinned memory is wanted back: what the caller keeps is a copy
+            columns = host.split([field.shape[1] for field in fields], dim=1)
+            return Decoded(
+                *(column.reshape(field.shape) for column, field in zip(columns, decoded, strict=True))
+            )
+
+        return wait
 
 
 class GraphCapture:
@@ -478,6 +502,22 @@ def describe_stages(
 
 def _bound(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Run:
     return lambda: function(*inputs)
+
+
+def buffer_shapes(buffers: Sequence[Tensor], largest: Variant, variant: Variant) -> list[tuple[int, ...]]:
+    """Shapes of a variant's inputs.
+
+    Args:
+        buffers: inputs of the largest variant of the stage.
+        largest: that variant.
+        variant: of the same stage.
+    """
+    shapes = [(variant.rows, *buffer.shape[1:]) for buffer in buffers]
+    if largest.slots:
+        for index in SLOTTED_INPUTS:
+            assert buffers[index].shape[1] == largest.slots
+            shapes[index] = (variant.rows, variant.slots, *buffers[index].shape[2:])
+    return shapes
 
 
 def _buckets(most: int) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """PyTorch without compilation: the reference that every other runtime is compared with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ class EagerRuntime:
     """
 
     name = "eager"
+    is_asynchronous = False
     device = torch.device("cpu")
 
     def __init__(self, network: SAM2S) -> None:
@@ -70,6 +73,6 @@ class EagerRuntime:
         """See `Runtime.start_clock`."""
         return HostClock()
 
-    def read_back(self, decoded: Decoded) -> Decoded:
+    def read_back(self, decoded: Decoded) -> Callable[[], Decoded]:
         """See `Runtime.read_back`; it lies there already."""
-        return decoded
+        return lambda: decoded

@@ -1,5 +1,6 @@
 """What a runtime does: execute the network's stages on tensors it is lent."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,8 @@ class Runtime(Protocol):
     name: str
     config: NetworkConfig
     device: torch.device
+    is_asynchronous: bool
+    """Calls return when the work is asked for, and the device does it in that order."""
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Features of uint8 pictures [B, S, S, 3]."""
@@ -66,5 +69,8 @@ class Runtime(Protocol):
     def start_clock(self) -> StageClock:
         """A clock of the device's stages, which begins now."""
 
-    def read_back(self, decoded: Decoded) -> Decoded:
-        """The same in float32 on the host: a frame's one wait for the device."""
+    def read_back(self, decoded: Decoded) -> Callable[[], Decoded]:
+        """Begin to copy the same in float32 to the host; what is returned waits for it, and for no more.
+
+        A frame's one wait for the device.
+        """

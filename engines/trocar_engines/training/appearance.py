@@ -6,8 +6,10 @@ object, since nothing could tell them apart.
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,6 @@ from trocar_engines.network import appearance, window
 from trocar_engines.network.appearance import EVEN, LEAST_AREA, SHAFT, SHARPNESS, shaft_of_object
 from trocar_engines.network.sam2s import IMAGE_MEAN, IMAGE_STD
 from trocar_engines.network.window import find_pose
-from trocar_engines.training import windows
 from trocar_engines.training.canvas import Material
 from trocar_engines.training.instruments import (
     INSTRUMENT_KINDS,
@@ -33,9 +34,8 @@ from trocar_engines.training.optics import Optics, draw_optics
 from trocar_engines.training.pool import FEWEST_PIXELS
 from trocar_engines.training.returns import TapedInstrument, draw_rings, draw_tape
 from trocar_engines.training.scenes import Cast, Performer, Scene, SceneConfig
-from trocar_engines.training.store import NO_CLASS, StoredClip, identify_renderer
+from trocar_engines.training.store import NO_CLASS, StoredClip, begin_rendering, identify_renderer
 from trocar_engines.training.tissue import Structure, draw_palette, draw_structure
-from trocar_engines.training.windows import normal, roughen, write_arrays
 
 FAMILIES = 3
 """Looks of a ground; each comes plain and with tape."""
@@ -47,6 +47,10 @@ VIEWS_A_GROUND = 48
 LONGEST_S = 260.0
 FIRST_SEED = 4_000_000
 """Grounds that no clip of a training or a benchmark shows."""
+SURE = 10.0
+"""Logit of a mask that knows."""
+LARGEST_CUT = 12 / 256
+"""What is thinner may be cut off a mask, in sides of the picture."""
 CLIP_SHARE = 0.4
 """Of samples that come from clips where there are any."""
 CLIP_FRAMES = 8
@@ -239,20 +243,57 @@ def _cut_short(rng: np.random.Generator, masks: Tensor) -> Tensor:
     return masks * (behind < rng.uniform(2.5, 8.0) * width)
 
 
+def roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
+    """Logits at stride 4 of true masks [B, S, S]: some as they are, most as a tracker has them."""
+    if rng.random() < 0.6:
+        # Thin jaws, hooks and points are what a tracker's mask lacks.
+        side = 2 * int(rng.integers(1, max(1, int(LARGEST_CUT * masks.shape[-1]) // 2) + 1)) + 1
+        kept = torch.nn.functional.max_pool2d(1 - masks.unsqueeze(1), side, stride=1, padding=side // 2)
+        kept = torch.nn.functional.max_pool2d(1 - kept, side, stride=1, padding=side // 2)
+        masks = torch.minimum(masks, kept.squeeze(1))
+    share = torch.nn.functional.adaptive_avg_pool2d(masks.unsqueeze(1), masks.shape[-1] // 4)
+    if rng.random() < 0.6:
+        offsets = torch.arange(-4, 5).float()
+        kernel = torch.exp(-offsets.square() / (2 * rng.uniform(0.6, 1.6) ** 2))
+        kernel = torch.outer(kernel, kernel)
+        share = torch.nn.functional.conv2d(share, (kernel / kernel.sum()).view(1, 1, 9, 9), padding=4)
+        waves = torch.nn.functional.interpolate(
+            normal(rng, len(masks), 1, 10, 10), share.shape[2:], mode="bilinear", align_corners=False
+        )
+        # Where the mask is unsure, its outline wanders; and all of it is a little too large or too small.
+        share = share + rng.uniform(0.0, 1.0) * waves * share * (1 - share) + rng.normal(0, 0.08)
+    return (SURE * rng.uniform(0.15, 1.0) * (2 * share - 1)).squeeze(1)
+
+
 def render_views(folder: Path, size_px: int, index: int) -> Path:
     """Render the views of one ground into `folder` unless they are there; returns their path."""
     path = folder / f"views-{_identify()}-{size_px}-{index:06d}.npz"
     if not path.exists():
         torch.set_num_threads(1)
         seen, objects, grounds = draw_views(size_px, FIRST_SEED + index)
-        write_arrays(path, seen=seen.half(), objects=objects, grounds=grounds)
+        arrays = {"seen": seen.half(), "objects": objects, "grounds": grounds}
+        # A run that is stopped leaves no half file behind.
+        partial_path = path.with_suffix(".part")
+        with partial_path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{name: values.numpy() for name, values in arrays.items()})
+        partial_path.rename(path)
     return path
+
+
+def fill_store(
+    folder: Path, *, size_px: int, grounds: int, workers: int, on_ground: Callable[[], None]
+) -> None:
+    """Render what is missing of the first `grounds` grounds; `on_ground` is called after each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers, initializer=begin_rendering) as pool:
+        for _ in pool.map(partial(render_views, folder, size_px), range(grounds), chunksize=4):
+            on_ground()
 
 
 @cache
 def _identify() -> str:
     """Hash of the code that renders and looks: views through another window would teach another head."""
-    files = (appearance.__file__, window.__file__, windows.__file__, __file__)
+    files = (appearance.__file__, window.__file__, __file__)
     return identify_renderer(*(Path(str(file)) for file in files))
 
 
@@ -318,6 +359,11 @@ def _change(rng: np.random.Generator, seen: Tensor) -> Tensor:
     noisy = picture + 0.15 * normal(rng, *picture.shape)
     picture = torch.where(_is_chosen(rng, count, 0.2), noisy, picture)
     return torch.cat([seen[:, :2], picture * is_inside], dim=1)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Tensor:
+    """Standard normal float32 [*shape]."""
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
 def _is_chosen(rng: np.random.Generator, count: int, share: float) -> Tensor:

@@ -29,7 +29,7 @@ from trocar_engines.training.appearance import (
     open_views,
 )
 from trocar_engines.training.episode import Episodes
-from trocar_engines.training.losses import LABEL_SMOOTHING, LossWeights
+from trocar_engines.training.losses import LossWeights
 from trocar_engines.training.pool import (
     ClipPool,
     LabelledFrames,
@@ -39,11 +39,9 @@ from trocar_engines.training.pool import (
 )
 from trocar_engines.training.sampling import ClipSampler, Mix, Sample
 from trocar_engines.training.store import StoredClip, load_davis
-from trocar_engines.training.windows import Windows, WindowSamples, collate_windows, open_windows
 
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
-WINDOWS_A_STEP = 128
 GROUNDS_A_STEP = 12
 LOG_EVERY = 20
 PLAIN_STEPS = 3
@@ -113,9 +111,10 @@ class TrainConfig:
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
         start_from: weights to begin with instead of random ones.
-        only: "classes" or "appearance": only that head learns, from `windows` instead of clips; the rest of
-            the network stays as it is, normalisation included.
-        windows: folder of what that head sees, rendered by `windows.fill_store`.
+        only: "classes" or "appearance": only that head learns, and the rest of the network stays as it is,
+            normalisation included. Classes are learnt from what the network tracks in clips, looks from
+            `views`.
+        views: folder of what the appearance head sees, rendered by `appearance.fill_store`.
     """
 
     model: str = "sam2s-nano"
@@ -140,7 +139,7 @@ class TrainConfig:
     device: str = "cpu"
     start_from: Path | None = None
     only: Literal["", "classes", "appearance"] = ""
-    windows: Path = Path("runs/windows")
+    views: Path = Path("runs/views")
 
     def __post_init__(self) -> None:
         longest = max(stage.frames for stage in self.stages)
@@ -181,7 +180,7 @@ def train(
         on_clip: called with the clips rendered so far, and how many come before the next step.
 
     Raises:
-        TrocarError: no windows; no parameter to learn; NaN loss; a checkpoint of an earlier version.
+        TrocarError: no views; no parameter to learn; NaN loss; a checkpoint of an earlier version.
     """
     _keep_freed_memory()
     torch.set_float32_matmul_precision("high")
@@ -426,7 +425,7 @@ class _Run:
         partial.replace(self.checkpoint_path)
         save_weights(self.weights_path, self.average, self.config.model)
 
-    def batches(self) -> Generator[Sample | Windows | Views]:
+    def batches(self) -> Generator[Sample | Views]:
         """What is left of every stage; moves the network to the stage's resolution."""
         if self.config.only == "appearance":
             yield from self._view_loader()
@@ -493,20 +492,11 @@ class _Run:
         )
         return render_clips(clips, config.workers)
 
-    def _window_loader(self) -> DataLoader[Windows]:
-        config = self.config
-        windows = open_windows(config.windows, network_config(config.model).input_size_px)
-        if windows is None:
-            raise TrocarError(f"{config.windows}: holds no rendered window")
-        samples = WindowSamples(windows=windows, count=config.steps * WINDOWS_A_STEP, seed=config.seed)
-        left = Subset(samples, range(self.step * WINDOWS_A_STEP, len(samples)))
-        return DataLoader(left, batch_size=WINDOWS_A_STEP, collate_fn=collate_windows)
-
     def _view_loader(self) -> DataLoader[Views]:
         config, size_px = self.config, network_config(self.config.model).input_size_px
-        grounds = open_views(config.windows, size_px)
+        grounds = open_views(config.views, size_px)
         if not grounds:
-            raise TrocarError(f"{config.windows}: holds no rendered view")
+            raise TrocarError(f"{config.views}: holds no rendered view")
         samples = ViewSamples(
             grounds=grounds,
             clips=self._real_clips()
@@ -532,14 +522,12 @@ class _Run:
         warm = min(1.0, progress / 0.02 + 1e-3)
         return self.config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def advance(self, batch: Sample | Windows | Views) -> None:
+    def advance(self, batch: Sample | Views) -> None:
         """One optimiser step; what its loss was, `check_losses` tells."""
         torch.manual_seed(self.config.seed * CLIPS_A_SEED + self.step)  # the same after a resumption
         for group in self.optimiser.param_groups:
             group["lr"].fill_(self._rate())
         match batch:
-            case Windows():
-                parts = self._learn(self._judge(batch))
             case Views():
                 parts = self._learn(self._compare(batch))
             case Sample():
@@ -588,14 +576,6 @@ class _Run:
             )
             self._track_step = shape, _TrackStep(episodes, self._learn)
         return self._track_step[1](batch)
-
-    def _judge(self, batch: Windows) -> Judged:
-        seen, shape, classes = (values.to(self.config.device) for values in batch)
-        token = self.network.without_class_memory(len(classes))
-        logits = self.network.semantic_head.judge(token, seen, shape)
-        loss = torch.nn.functional.cross_entropy(logits, classes, label_smoothing=LABEL_SMOOTHING)
-        is_right = logits.detach().argmax(1) == classes
-        return loss, {"right": is_right.float().mean()}
 
     def _compare(self, batch: Views) -> Judged:
         views = Views(*(values.to(self.config.device) for values in batch))
