@@ -29,6 +29,7 @@ from trocar_engines.masklets import (
     PromptOutcome,
     UInt8Array,
 )
+from trocar_engines.masks import main_parts, settle_overlaps
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
 from trocar_engines.memory.gallery import Gallery
 from trocar_engines.memory.pool import MemoryPool, is_uniform, upload
@@ -259,7 +260,7 @@ class StreamState:
 class _Row:
     """One object of a stream on one frame: row of a batch. `frames` have come since the one before.
 
-    `pixels` of the picture are known in the present only; `found_area` in points of the mask, be it doubted.
+    `pixels` of the picture are known in the present only, `read` and `masklet` once the device is done.
     """
 
     stream: StreamState
@@ -267,8 +268,13 @@ class _Row:
     frame: KeptFrame
     frames: int = 1
     pixels: UInt8Array | None = None
+    read: "_Readback | None" = None
     masklet: Masklet | None = None
-    found_area: int = 0
+
+    @property
+    def found_area(self) -> int:
+        """Points of the mask, be it doubted."""
+        return 0 if self.read is None else self.read.found_area
 
     @property
     def is_doubted(self) -> bool:
@@ -438,6 +444,9 @@ class Tracker:
             )
             clock.lap("attend_memory")
             decoded = self.runtime.track_masks(conditioned, features, prototypes)
+            if len(batch) > 1 and (are_rivals := _find_rivals(batch)).any():
+                (on_device,) = upload(self.runtime.device, are_rivals)
+                decoded = decoded._replace(mask_logits=settle_overlaps(decoded.mask_logits, on_device))
             clock.lap("decode_masks")
             readbacks.append(self.runtime.read_back(decoded))
             batches.append(_Batch(batch, features, decoded, class_token))
@@ -446,7 +455,7 @@ class Tracker:
         for tracked, read_back in zip(batches, readbacks, strict=True):
             for row, read in zip(tracked.rows, _describe(read_back()), strict=True):
                 can_look = row.pixels is not None
-                row.found_area = read.found_area
+                row.read = read
                 row.masklet = self._masklet(row.tracked, read, row.frame, can_look=can_look)
             clock.lap("readback")
         return batches
@@ -488,10 +497,10 @@ class Tracker:
                 if is_due:
                     row.tracked.bank.consider(fact, None if row.is_doubted else slot)
             if self.network.classes:
-                self._recognise(batch, decoded, class_token)
+                self._recognise(batch, class_token)
         clock.lap("write_memory")
 
-    def _recognise(self, rows: list[_Row], decoded: Decoded, class_token: Tensor) -> None:
+    def _recognise(self, rows: list[_Row], class_token: Tensor) -> None:
         """Look what some of the rows show, those first that wait longest: kind and appearance."""
         due = [
             index
@@ -506,11 +515,12 @@ class Tracker:
         if not due:
             return
         shown = [pixels for index in due if (pixels := rows[index].pixels) is not None]
+        masks = [main_parts(read.mask_logits) for index in due if (read := rows[index].read) is not None]
         (chosen,) = upload(self.runtime.device, np.array(due))
         seen = self.runtime.recognise(
             class_token.index_select(0, chosen),
             _stack_pixels(shown, self.runtime.device),
-            decoded.mask_logits.index_select(0, chosen),
+            torch.from_numpy(np.stack(masks)),
         )
         for index, of_one, descriptor in zip(due, *(values.numpy() for values in seen), strict=True):
             row, likely = rows[index], _softmax(of_one)
@@ -885,6 +895,24 @@ def _describe(decoded: Decoded) -> list[_Readback]:
         )
         for mask, iou, present in zip(masks, ious, presence, strict=True)
     ]
+
+
+def _find_rivals(rows: list[_Row]) -> BoolArray:
+    """Which rows yield to which where masks overlap, bool [B, B]; see `masks.settle_overlaps`.
+
+    Objects of one stream on one frame are different things. What is doubted may be another object's and takes
+    nothing from it. SAM 2's predictor lets masks overlap, and `vanilla` follows it.
+    """
+    streams, frames = (
+        np.array([id(of_row) for of_row in each])
+        for each in zip(*((row.stream, row.frame) for row in rows), strict=True)
+    )
+    yields = np.array([row.stream.bank.policy is not MemoryPolicy.VANILLA for row in rows])
+    claims = np.array([not row.tracked.is_doubted for row in rows])
+    is_other = ~np.eye(len(rows), dtype=np.bool_)
+    is_beside = (streams[:, None] == streams) & (frames[:, None] == frames) & is_other
+    are_rivals: BoolArray = is_beside & yields[:, None] & claims
+    return are_rivals
 
 
 def _is_apart(mask: BoolArray, place: BoolArray) -> bool:

@@ -877,3 +877,77 @@ def test_objects_that_come_and_go_leave_nothing_to_those_after_them() -> None:
         ((expected,),) = advance(fresh, [alone], [picture(frame)])
         np.testing.assert_allclose(mask, expected, atol=1e-4)
     assert used.pool.rows_in_use == 2
+
+
+class BandRuntime(TellingRuntime):
+    """Finds each row's object as a band over all lines; the bands of neighbours overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.stray: slice | None = None
+
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
+        decoded = super().track_masks(conditioned, features, prototypes)
+        side = decoded.mask_logits.shape[-1]
+        middles = side * (0.3 + 0.2 * torch.arange(len(conditioned))).view(-1, 1, 1)
+        bands = 0.2 * side - (torch.arange(side) - middles).abs()
+        mask_logits = bands.expand(-1, side, -1).contiguous()
+        if self.stray is not None:
+            mask_logits[:, self.stray, self.stray] = 3.0
+        return decoded._replace(mask_logits=mask_logits)
+
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        self.seen += mask_logits.clone()
+        return super().recognise(class_token, pixels, mask_logits)
+
+
+@pytest.mark.parametrize(
+    ("policy", "streams", "doubted", "overlaps"),
+    [
+        (MemoryPolicy.FIFO, 1, None, False),
+        (MemoryPolicy.VANILLA, 1, None, True),
+        (MemoryPolicy.FIFO, 2, None, True),
+        (MemoryPolicy.FIFO, 1, 1, True),
+    ],
+    ids=["one-stream", "as-sam2", "two-streams", "doubted"],
+)
+def test_objects_of_a_stream_share_no_point_and_what_is_doubted_takes_none(
+    policy: MemoryPolicy, streams: int, doubted: int | None, overlaps: bool
+) -> None:
+    bank = dataclasses.replace(BANK, policy=policy)
+    tracker = Tracker(BandRuntime(), TrackerConfig(rows=2, bank=bank))
+    opened = [tracker.open_stream(bank, 2) for _ in range(streams)]
+    shown = [picture(0)] * streams
+    advance(tracker, opened, shown)
+    for index in range(2):
+        tracker.prompt(opened[index % streams], click(1 + index, 0))
+    if doubted is not None:
+        opened[0].objects[doubted].is_doubted = True
+    step = tracker.step(opened, [picture(1)] * streams)
+    reads = [row.read for batch in step.batches for row in batch.rows]
+    first, second = (read.mask_logits > 0 for read in reads if read is not None)
+    assert (first & second).any() == overlaps
+    side = first.shape[1]
+    free = [(abs(np.arange(side) - side * middle) < 0.2 * side) for middle in (0.3, 0.5)]
+    if doubted is not None:
+        np.testing.assert_array_equal(second[0], free[1])
+        assert (first[0] & free[1]).sum() < (free[0] & free[1]).sum(), "and yields where it is less sure"
+    elif not overlaps:
+        np.testing.assert_array_equal(first[0] | second[0], free[0] | free[1])
+    tracker.remember(step)
+
+
+def test_what_lies_apart_is_not_looked_at() -> None:
+    runtime = BandRuntime()
+    runtime.stray = slice(-3, None)
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    advance(tracker, [stream], [picture(0)])
+    tracker.prompt(stream, click(1, 0))
+    ((mask,),) = advance(tracker, [stream], [picture(1)])
+    (seen,) = runtime.seen
+    assert mask[-1, -1] > 0, "it is shown"
+    assert seen[-1, -1] < 0
+    inside = slice(0, mask.shape[1] // 2)
+    np.testing.assert_array_equal(seen[:, inside], mask[:, inside])
