@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trocar_engines.masklets import Float32Array
 
-SAME_IOU = 0.8
-"""Masks that agree so much are of one thing that was prompted twice; neither yields."""
+WITHIN_SHARE = 0.8
+"""Of a mask. So much of it on another one, it is a part of that object, or the same object prompted twice: it
+yields nothing, and cannot vanish."""
 STRAY_SHARE = 0.25
 """Parts of a mask smaller than this share of its largest one are stray. Half of an instrument that another
 one crosses is larger."""
@@ -30,9 +31,8 @@ def settle_overlaps(mask_logits: Tensor, are_rivals: Tensor) -> Tensor:
         [B, h, w].
     """
     is_on = (mask_logits > 0).flatten(1).float()
-    shared, area = is_on @ is_on.T, is_on.sum(1)
-    iou = shared / (area.unsqueeze(1) + area - shared).clamp(min=1.0)
-    yields = (are_rivals & (iou < SAME_IOU)).view(*are_rivals.shape, 1, 1)
+    is_within = is_on @ is_on.T > WITHIN_SHARE * is_on.sum(1, keepdim=True)
+    yields = (are_rivals & ~is_within).view(*are_rivals.shape, 1, 1)
     rivals = torch.where(yields, mask_logits.clamp(min=0), 0.0).amax(dim=1)
     return mask_logits - rivals
 

@@ -157,7 +157,7 @@ class EngineOptions:
         max_streams: at once.
         max_objects: of all streams together, for each model.
         threads: of a model on a CPU; 0 for every core but one.
-        is_compiled: on a GPU, torch compiles the image encoder and it is used where it is faster.
+        is_compiled: on a GPU, torch compiles the stages; used where that is exact and faster.
     """
 
     model: str = ""
@@ -313,8 +313,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=EngineOptions.is_compiled,
-        help="on a GPU, let torch compile the image encoder: a minute at the first start, then cached; used "
-        f"where it proves exact and faster (default: {'yes' if EngineOptions.is_compiled else 'no'})",
+        help="on a GPU, let torch compile the network's stages: minutes at the first start, one or two at later "
+        f"ones; used where it proves exact and faster (default: {'yes' if EngineOptions.is_compiled else 'no'})",
     )
 
 

@@ -45,6 +45,13 @@ def test_what_is_no_rival_or_the_same_thing_stays_as_it_is() -> None:
     assert not torch.equal(settled[1], logits[1])
 
 
+def test_a_part_of_another_object_keeps_its_points() -> None:
+    whole, part = bump(x=16, height=6, width=10), bump(x=18, height=2, width=2)
+    settled = settle_overlaps(torch.stack([whole, part]), rivals(2))
+    assert torch.equal(settled[1], part)
+    assert torch.equal(settled[0] > 0, whole > part.clamp(min=0))
+
+
 def test_absent_masks_take_nothing() -> None:
     logits = torch.stack([bump(x=12, height=6), torch.full((32, 32), -1024.0)])
     settled = settle_overlaps(logits, rivals(2))
