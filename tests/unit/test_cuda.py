@@ -161,22 +161,38 @@ def test_twelve_pictures_are_not_padded_to_sixteen() -> None:
     assert rows == [12, 8, 6, 4, 2, 1]
 
 
-def test_tracker_gives_eagers_masks_through_graphs(runtime: CudaRuntime) -> None:
+@pytest.mark.parametrize("is_asynchronous", [False, True])
+def test_tracker_gives_eagers_masks_through_graphs(
+    runtime: CudaRuntime, is_asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "is_asynchronous", is_asynchronous)
     expected, masks = track(EagerRuntime(lively_network())), track(runtime)
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(masks, expected, atol=TOLERANCE)
 
 
 def track(runtime: Runtime) -> np.ndarray:
-    """Masks of two objects over twelve frames: banks that are empty, padded, uneven and full."""
+    """Masks of two objects over 24 frames: banks that are empty, padded, uneven and full.
+
+    Each next picture is announced, so that a GPU encodes it ahead.
+    """
     tracker = Tracker(runtime, TrackerConfig(rows=2, bank=BANK))
     stream = tracker.open_stream(BANK, 2)
     rng = np.random.default_rng(0)
     size, masks = TINY.input_size_px, []
-    for frame in range(24):
-        pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
-        picture = Picture(frame_id=frame, pixels=pixels, width_px=size, height_px=size, time_s=frame / 30)
-        step = tracker.step([stream], [picture])
+    pictures = [
+        Picture(
+            frame_id=frame,
+            pixels=rng.integers(0, 255, (size, size, 3), dtype=np.uint8),
+            width_px=size,
+            height_px=size,
+            time_s=frame / 30,
+        )
+        for frame in range(24)
+    ]
+    for frame, picture in enumerate(pictures):
+        coming = pictures[frame + 1 : frame + 2]
+        step = tracker.step([stream], [picture], coming=functools.partial(list, coming))
         tracker.remember(step)
         if frame in (0, 3):
             point = (10.0 + 12 * frame, 30.0)
