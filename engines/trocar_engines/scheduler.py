@@ -464,7 +464,7 @@ class Scheduler:
                 task.future.set_exception(_explained(error))
             return
         for (_, task), result in zip(live, step.results, strict=True):
-            result.stage_ns["queue"] = began - task.offered_ns
+            result.stage_ns["queue"] = max(0, began - task.offered_ns - step.ahead_ns)
             task.future.set_result(result)
         try:
             tracker.remember(step)

@@ -315,10 +315,14 @@ class _Ahead(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Step:
-    """A tick between reply and memory: the results, and what `remember` still has to write."""
+    """A tick between reply and memory: the results, and what `remember` still has to write.
+
+    `ahead_ns` of `encode_image` were spent before the tick began.
+    """
 
     results: list[FrameMasklets]
     batches: list[_Batch]
+    ahead_ns: int = 0
 
 
 class Tracker:
@@ -417,7 +421,7 @@ class Tracker:
             )
             for picture, stream_rows in zip(pictures, by_stream, strict=True)
         ]
-        return Step(results=results, batches=batches)
+        return Step(results=results, batches=batches, ahead_ns=ahead_ns)
 
     @torch.inference_mode()
     def catch_up(self, streams: list[StreamState]) -> None:

@@ -107,7 +107,8 @@ def test_pictures_encoded_ahead_are_encoded_once_and_change_no_mask() -> None:
         for frame, pictures in enumerate(ticks[:6]):
             # Before the fifth tick other pictures come than were announced.
             step = tracker.step(streams, ticks[7] if frame == 4 else pictures, coming=partial(next, coming))
-            assert all(result.stage_ns["encode_image"] > 0 for result in step.results)
+            assert all(result.stage_ns["encode_image"] > step.ahead_ns for result in step.results)
+            assert (step.ahead_ns > 0) is (runtime is ahead and frame > 0)
             tracker.remember(step)
             if frame == 0:
                 for stream in streams:
