@@ -118,7 +118,7 @@ def default_cache() -> Path:
 def stage_functions(network: SAM2S) -> dict[str, StageFunction]:
     """Every stage as a function of bare tensors, in the order of `example_inputs`.
 
-    `attend_full` is `attend_memory` for banks without an empty place; it does not read the biases.
+    `attend_full` is `attend_memory` for rows that all read as much; it does not read the biases.
     """
     functions: dict[str, StageFunction] = {
         "encode_image": network.encode_image,

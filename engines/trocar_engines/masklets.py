@@ -114,7 +114,8 @@ class FrameMasklets:
         is_trusted: the picture's flag, handed through.
         is_dropped: True when a newer picture replaced this one before the tracker saw it; no masklets then.
         stage_ns: duration of each stage by name: queue, encode_image, attend_memory, decode_masks,
-            readback, write_memory (of the frame before, since it follows the reply).
+            readback, write_memory (of the frame before, since it follows the reply). A GPU may encode a
+            picture while the tick before it is answered; then they add up to more than its latency.
     """
 
     frame_id: int

@@ -335,7 +335,7 @@ def build_plans(
     measure: Callable[[Run], float] | None = None,
     stages: Sequence[str] = PLAN_STAGES,
 ) -> Manifest:
-    """Build a plan of every stage at every size, compare it with eager and with the captured graph.
+    """Build a plan of every stage at every steady size, compare it with eager and with the captured graph.
 
     The manifest is written last: a build that is interrupted leaves no plans that could be loaded.
 

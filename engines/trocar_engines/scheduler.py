@@ -131,7 +131,8 @@ class TrackedStream:
     def offer(self, picture: Picture) -> "Future[FrameMasklets]":
         """Hand over a picture.
 
-        On a live stream it replaces one that still waits, whose future resolves at once as dropped.
+        On a live stream it replaces one that still waits and has not begun, whose future resolves at once as
+        dropped.
 
         Raises:
             ValueError: more than `QUEUE_CAPACITY` pictures wait on a stream on which nothing is dropped.
@@ -442,7 +443,6 @@ class Scheduler:
                     tracker.reset(state)
 
     def _run_tick(self, tick: list[tuple[TrackedStream, _PictureTask]]) -> None:
-        began = time.perf_counter_ns()
         live = [(stream, task) for stream, task in tick if task.future.set_running_or_notify_cancel()]
         if not live:
             return
@@ -463,8 +463,8 @@ class Scheduler:
             for _, task in live:
                 task.future.set_exception(_explained(error))
             return
-        for (_, task), result in zip(live, step.results, strict=True):
-            result.stage_ns["queue"] = max(0, began - task.offered_ns - step.ahead_ns)
+        for (_, task), result, begun_ns in zip(live, step.results, step.begun_ns, strict=True):
+            result.stage_ns["queue"] = begun_ns - task.offered_ns
             task.future.set_result(result)
         try:
             tracker.remember(step)
@@ -562,5 +562,5 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
         )
     log.info("%s runs as %s", name, runtime.name)
     tracker = Tracker(runtime, TrackerConfig(rows=config.max_objects, bank=largest))
-    tracker.warm_semantics()
+    tracker.warm_up()
     return LoadedModel(entry=entry, tracker=tracker)

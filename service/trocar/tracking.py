@@ -58,7 +58,7 @@ class TrackedStream(Protocol):
         """Edge of the square that pictures are resized to."""
 
     def offer(self, picture: Picture) -> Future[FrameMasklets]:
-        """Track one picture; on a live stream it takes the place of one that still waits."""
+        """Track one picture; on a live stream it takes the place of one that waits and has not begun."""
 
     def prompt(self, prompt: Prompt) -> Future[PromptOutcome]:
         """Apply a prompt; fails with InvalidPromptError, CapacityError or UnknownObjectError."""

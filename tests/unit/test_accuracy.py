@@ -125,6 +125,7 @@ class _FakeTracker:
         return Step(
             results=[self._track(stream, pictures[0].frame_id) for stream in streams],
             batches=[],
+            begun_ns=[0] * len(streams),
         )
 
     def _track(self, stream: StreamState, frame: int) -> FrameMasklets:

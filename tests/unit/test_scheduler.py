@@ -379,6 +379,64 @@ def test_next_pictures_are_announced_once_every_stream_of_the_tick_has_one_and_a
         scheduler.close()
 
 
+def test_a_prompt_before_the_next_picture_keeps_it_from_being_announced() -> None:
+    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
+    assert isinstance(tracker, AnnouncedTracker)
+    try:
+        stream = scheduler.open_stream(is_live=True, max_objects=1)
+        later: list[Future[FrameMasklets]] = []
+
+        def prompt_and_offer() -> None:
+            if not later:
+                stream.prompt(click(0))
+                later.append(stream.offer(tiny_picture(1)))
+
+        tracker.before_asking = prompt_and_offer
+        stream.offer(tiny_picture(0)).result(TIMEOUT_S)
+        assert [one.object_id for one in later[0].result(TIMEOUT_S).masklets] == [1]
+        assert tracker.announced == [[], []]
+    finally:
+        scheduler.close()
+
+
+def test_a_stream_that_closes_after_its_next_picture_was_announced_holds_nobody_up() -> None:
+    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
+    assert isinstance(tracker, AnnouncedTracker)
+    try:
+        closing, other = (scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2))
+        waiting: list[Future[FrameMasklets]] = []
+        tracker.before_asking = lambda: (
+            waiting.append(closing.offer(tiny_picture(1))) if not waiting else None
+        )
+        tracker.on_step = closing.close
+        closing.offer(tiny_picture(0)).result(TIMEOUT_S)
+        assert tracker.announced[0] == [1]
+        assert waiting[0].cancelled()
+        assert not other.offer(tiny_picture(5)).result(TIMEOUT_S).is_dropped
+        assert scheduler.is_healthy
+    finally:
+        scheduler.close()
+
+
+def test_what_fails_while_the_next_pictures_are_asked_for_is_a_fault_and_leaves_nobody_waiting() -> None:
+    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
+    assert isinstance(tracker, AnnouncedTracker)
+    try:
+        stream = scheduler.open_stream(is_live=False, max_objects=1)
+
+        def fail() -> None:
+            raise torch.AcceleratorError("the device is gone")
+
+        tracker.before_asking = fail
+        futures = [stream.offer(tiny_picture(index)) for index in range(3)]
+        for future in futures:
+            with pytest.raises(DeviceFaultError):
+                future.result(TIMEOUT_S)
+        assert not scheduler.is_healthy
+    finally:
+        scheduler.close()
+
+
 @pytest.mark.parametrize("is_live", [False, True])
 def test_closing_a_stream_while_an_object_catches_up_frees_its_row(
     stepped: tuple[Scheduler, SteppedTracker], is_live: bool

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from functools import partial
 
 import numpy as np
@@ -106,9 +107,12 @@ def test_pictures_encoded_ahead_are_encoded_once_and_change_no_mask() -> None:
         coming = iter(ticks[1:])
         for frame, pictures in enumerate(ticks[:6]):
             # Before the fifth tick other pictures come than were announced.
+            began_ns = time.perf_counter_ns()
             step = tracker.step(streams, ticks[7] if frame == 4 else pictures, coming=partial(next, coming))
-            assert all(result.stage_ns["encode_image"] > step.ahead_ns for result in step.results)
-            assert (step.ahead_ns > 0) is (runtime is ahead and frame > 0)
+            assert all(result.stage_ns["encode_image"] > 0 for result in step.results)
+            # Before the tick itself began only where these very pictures were announced.
+            is_early = [begun < began_ns for begun in step.begun_ns]
+            assert is_early == [runtime is ahead and frame not in (0, 4)] * 2
             tracker.remember(step)
             if frame == 0:
                 for stream in streams:
@@ -118,6 +122,16 @@ def test_pictures_encoded_ahead_are_encoded_once_and_change_no_mask() -> None:
     np.testing.assert_array_equal(masks[: len(masks) // 2], masks[len(masks) // 2 :])
     assert plain.encoded == 2 * 6
     assert ahead.encoded == 2 * (1 + 6 + 1), "the first, six ahead, and the one that nobody announced"
+
+
+def test_closing_a_stream_lets_go_of_its_picture_that_was_encoded_ahead() -> None:
+    tracker = Tracker(AsynchronousRuntime(lively_network()), TrackerConfig(rows=1, bank=BANK))
+    stream = tracker.open_stream(BANK, 1)
+    coming = [picture(1)]
+    tracker.remember(tracker.step([stream], [picture(0)], coming=lambda: coming))
+    assert tracker._ahead is not None
+    tracker.close_stream(stream)
+    assert tracker._ahead is None
 
 
 def test_batching_objects_and_streams_changes_no_mask() -> None:
@@ -886,12 +900,16 @@ class BandRuntime(TellingRuntime):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+        self.tracked, self.objects = 0, 2
         self.stray: slice | None = None
 
     def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
         decoded = super().track_masks(conditioned, features, prototypes)
         side = decoded.mask_logits.shape[-1]
-        middles = side * (0.3 + 0.2 * torch.arange(len(conditioned))).view(-1, 1, 1)
+        # Objects keep their places, be they tracked together or one by one.
+        numbers = self.tracked + torch.arange(len(conditioned))
+        self.tracked = (self.tracked + len(conditioned)) % self.objects
+        middles = side * (0.3 + 0.2 * numbers).view(-1, 1, 1)
         bands = 0.2 * side - (torch.arange(side) - middles).abs()
         mask_logits = bands.expand(-1, side, -1).contiguous()
         if self.stray is not None:
@@ -904,18 +922,27 @@ class BandRuntime(TellingRuntime):
 
 
 @pytest.mark.parametrize(
-    ("policy", "streams", "doubted", "overlaps"),
+    ("policy", "streams", "doubt", "overlaps"),
     [
-        (MemoryPolicy.FIFO, 1, None, False),
-        (MemoryPolicy.VANILLA, 1, None, True),
-        (MemoryPolicy.FIFO, 2, None, True),
-        (MemoryPolicy.FIFO, 1, 1, True),
+        (MemoryPolicy.FIFO, 1, "", False),
+        (MemoryPolicy.VANILLA, 1, "", True),
+        (MemoryPolicy.FIFO, 2, "", True),
+        (MemoryPolicy.FIFO, 1, "is_doubted", True),
+        (MemoryPolicy.FIFO, 1, "is_lost", True),
+        (MemoryPolicy.FIFO, 1, "has_changed", True),
     ],
-    ids=["one-stream", "as-sam2", "two-streams", "doubted"],
+    ids=["one-stream", "as-sam2", "two-streams", "doubted", "lost", "changed"],
 )
-def test_objects_of_a_stream_share_no_point_and_what_is_doubted_takes_none(
-    policy: MemoryPolicy, streams: int, doubted: int | None, overlaps: bool
+@pytest.mark.parametrize("largest_batch", [32, 1])
+def test_objects_of_a_stream_share_no_point_and_what_is_not_certain_takes_none(
+    policy: MemoryPolicy,
+    streams: int,
+    doubt: str,
+    overlaps: bool,
+    largest_batch: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("trocar_engines.tracker.LARGEST_BATCH", largest_batch)
     bank = dataclasses.replace(BANK, policy=policy)
     tracker = Tracker(BandRuntime(), TrackerConfig(rows=2, bank=bank))
     opened = [tracker.open_stream(bank, 2) for _ in range(streams)]
@@ -923,15 +950,15 @@ def test_objects_of_a_stream_share_no_point_and_what_is_doubted_takes_none(
     advance(tracker, opened, shown)
     for index in range(2):
         tracker.prompt(opened[index % streams], click(1 + index, 0))
-    if doubted is not None:
-        opened[0].objects[doubted].is_doubted = True
+    if doubt:
+        setattr(opened[0].objects[1], doubt, True)
     step = tracker.step(opened, [picture(1)] * streams)
     reads = [row.read for batch in step.batches for row in batch.rows]
     first, second = (read.mask_logits > 0 for read in reads if read is not None)
     assert (first & second).any() == overlaps
     side = first.shape[1]
     free = [(abs(np.arange(side) - side * middle) < 0.2 * side) for middle in (0.3, 0.5)]
-    if doubted is not None:
+    if doubt:
         np.testing.assert_array_equal(second[0], free[1])
         assert (first[0] & free[1]).sum() < (free[0] & free[1]).sum(), "and yields where it is less sure"
     elif not overlaps:
@@ -941,7 +968,7 @@ def test_objects_of_a_stream_share_no_point_and_what_is_doubted_takes_none(
 
 def test_what_lies_apart_is_not_looked_at() -> None:
     runtime = BandRuntime()
-    runtime.stray = slice(-3, None)
+    runtime.stray, runtime.objects = slice(-3, None), 1
     tracker = Tracker(runtime, TrackerConfig(rows=1, bank=BANK))
     stream = tracker.open_stream(BANK, 1)
     advance(tracker, [stream], [picture(0)])

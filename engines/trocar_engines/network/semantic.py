@@ -111,10 +111,7 @@ class SemanticHead(nn.Module):
         Returns:
             [B, K], cosine times `LOGIT_SCALE`.
         """
-        return self.judge(token, *view_of_object(mask_logits, picture))
-
-    def judge(self, token: Tensor, seen: Tensor, shape: Tensor) -> Tensor:
-        """Class logits [B, K] of what `view_of_object` saw of each object."""
+        seen, shape = view_of_object(mask_logits, picture)
         token = token + self.look(seen) + self.from_shape(shape)
         embedding = nn.functional.normalize(self.projection(token), dim=-1)
         return LOGIT_SCALE * embedding @ self.vectors.T

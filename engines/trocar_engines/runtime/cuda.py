@@ -45,7 +45,7 @@ READ_POINTERS = 1 + RECENT_POINTERS
 WARM_UP_RUNS = 2
 """Plain runs before a capture: libraries choose kernels and take workspace, which a capture must not see."""
 COMPILED_STAGES = ("encode_image", "attend_full", "track_masks", "encode_memory")
-"""What runs on every frame of an operation but its first; H200: 11, 16, 29 and 48% faster for one object."""
+"""What most frames of an operation run; H200: 10, 16, 29 and 48% faster for one object."""
 COMPILED_ROWS = (1, 2, 4, 8, 12)
 """Rows for which stages are compiled; every size costs seconds of each start, even from the cache."""
 MOST_COMPILED = 64

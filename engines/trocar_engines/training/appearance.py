@@ -201,7 +201,7 @@ def _see(rng: np.random.Generator, image: Tensor, labels: Tensor, numbers: list[
         return Views(torch.zeros(0, 5, SHAFT.along, SHAFT.across), *torch.zeros(2, 0, dtype=torch.int64))
     masks = torch.stack([(labels == label).float() for label in range(1, len(numbers) + 1)])
     masks, objects = _add_nothing(rng, masks, torch.tensor(numbers))
-    logits = roughen(rng, _cut_short(rng, masks))
+    logits = _roughen(rng, _cut_short(rng, masks))
     # A tracker asks only of what it has found.
     is_found = (masks.flatten(1).sum(1) >= FEWEST_PIXELS) & ((logits > 0).flatten(1).sum(1) >= LEAST_AREA)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
@@ -243,7 +243,7 @@ def _cut_short(rng: np.random.Generator, masks: Tensor) -> Tensor:
     return masks * (behind < rng.uniform(2.5, 8.0) * width)
 
 
-def roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
+def _roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
     """Logits at stride 4 of true masks [B, S, S]: some as they are, most as a tracker has them."""
     if rng.random() < 0.6:
         # Thin jaws, hooks and points are what a tracker's mask lacks.
@@ -258,7 +258,7 @@ def roughen(rng: np.random.Generator, masks: Tensor) -> Tensor:
         kernel = torch.outer(kernel, kernel)
         share = torch.nn.functional.conv2d(share, (kernel / kernel.sum()).view(1, 1, 9, 9), padding=4)
         waves = torch.nn.functional.interpolate(
-            normal(rng, len(masks), 1, 10, 10), share.shape[2:], mode="bilinear", align_corners=False
+            _normal(rng, len(masks), 1, 10, 10), share.shape[2:], mode="bilinear", align_corners=False
         )
         # Where the mask is unsure, its outline wanders; and all of it is a little too large or too small.
         share = share + rng.uniform(0.0, 1.0) * waves * share * (1 - share) + rng.normal(0, 0.08)
@@ -348,20 +348,20 @@ def _change(rng: np.random.Generator, seen: Tensor) -> Tensor:
         return seen
     seen = torch.where(_is_chosen(rng, count, 0.5), seen.flip(3), seen)
     change = torch.eye(2, 3).expand(count, -1, -1).clone()
-    change += normal(rng, count, 2, 3) * torch.tensor([[0.1, 0.1, 0.1], [0.02, 0.06, 0.04]])
+    change += _normal(rng, count, 2, 3) * torch.tensor([[0.1, 0.1, 0.1], [0.02, 0.06, 0.04]])
     grid = torch.nn.functional.affine_grid(change, list(seen.shape), align_corners=False)
     moved = torch.nn.functional.grid_sample(seen, grid, padding_mode="border", align_corners=False)
     seen = torch.where(_is_chosen(rng, count, 0.5), moved, seen)
     is_inside, picture = seen[:, 1:2], seen[:, 2:]
     # The white balance is the recording's, how bright it is the moment's.
-    picture = picture * (1 + 0.15 * normal(rng, 1, 3, 1, 1)) + 0.2 * normal(rng, 1, 3, 1, 1)
-    picture = picture * (1 + 0.1 * normal(rng, count, 1, 1, 1)) + 0.1 * normal(rng, count, 1, 1, 1)
-    noisy = picture + 0.15 * normal(rng, *picture.shape)
+    picture = picture * (1 + 0.15 * _normal(rng, 1, 3, 1, 1)) + 0.2 * _normal(rng, 1, 3, 1, 1)
+    picture = picture * (1 + 0.1 * _normal(rng, count, 1, 1, 1)) + 0.1 * _normal(rng, count, 1, 1, 1)
+    noisy = picture + 0.15 * _normal(rng, *picture.shape)
     picture = torch.where(_is_chosen(rng, count, 0.2), noisy, picture)
     return torch.cat([seen[:, :2], picture * is_inside], dim=1)
 
 
-def normal(rng: np.random.Generator, *shape: int) -> Tensor:
+def _normal(rng: np.random.Generator, *shape: int) -> Tensor:
     """Standard normal float32 [*shape]."""
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 

@@ -176,7 +176,8 @@ class Episodes:
                 parts["class"].append(class_loss(logits, shown))
             if t + 1 < self.frames:
                 self._remember(now, memory, every, mask_logits, truth, is_prompted=t == 0)
-        if self.frames > 1:
+        # Where a head learns alone, prompts teach nothing.
+        if self.frames > 1 and network.no_mem_embed.requires_grad:
             parts["prompt"] += self._prompt_again(every_feature, masks, counts)
         return parts
 

@@ -486,7 +486,8 @@ class _Run:
         clips = RenderedClips(
             size_px=network_config(config.model).input_size_px,
             frames=frames,
-            worlds=config.worlds,
+            # Worlds know no classes.
+            worlds=0.0 if config.only == "classes" else config.worlds,
             begin=config.seed * CLIPS_A_SEED + begin,
             count=count,
         )

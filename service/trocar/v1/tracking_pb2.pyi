@@ -510,7 +510,8 @@ class OpenStream(_message.Message):
     """Size of masks. Unspecified: SOURCE."""
     resolve_overlaps: _builtins.bool
     """True: a pixel belongs to at most one mask, the one with the highest logit, as a paletted PNG needs it.
-    False: masks may overlap.
+    False: masks may overlap where one object is a part of another, or was prompted twice; with vanilla memory
+    anywhere.
     """
     max_objects: _builtins.int
     """Most objects tracked at once. 0: the server's limit; more than that is cut down to it."""
