@@ -428,18 +428,17 @@ class Tracker:
         # What the frame before took, and what was encoded ahead: on a GPU it is only now certain to be done.
         stage_ns = clock.read() | ({} if self._memory_clock is None else self._memory_clock.read())
         ahead_ns = {} if ahead is None else ahead.clock.read()
+        are_ahead = [ahead is not None and ahead.holds(picture) for picture in pictures]
         results = [
             FrameMasklets(
                 frame_id=picture.frame_id,
                 masklets=tuple(row.masklet for row in stream_rows if row.masklet is not None),
                 is_trusted=picture.is_trusted,
-                stage_ns=stage_ns | (ahead_ns if ahead is not None and ahead.holds(picture) else {}),
+                stage_ns=stage_ns | (ahead_ns if is_ahead else {}),
             )
-            for picture, stream_rows in zip(pictures, by_stream, strict=True)
+            for picture, stream_rows, is_ahead in zip(pictures, by_stream, are_ahead, strict=True)
         ]
-        begun_ns = [
-            ahead.began_ns if ahead is not None and ahead.holds(picture) else began_ns for picture in pictures
-        ]
+        begun_ns = [ahead.began_ns if ahead is not None and is_ahead else began_ns for is_ahead in are_ahead]
         return Step(results=results, batches=batches, begun_ns=begun_ns)
 
     @torch.inference_mode()

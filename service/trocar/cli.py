@@ -313,7 +313,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=EngineOptions.is_compiled,
-        help="on a GPU, let torch compile the network's stages: minutes at the first start, one or two at "
+        help="on a GPU, let torch compile the network's stages: minutes at the first start, fewer at "
         "later ones; used where it proves exact and faster "
         f"(default: {'yes' if EngineOptions.is_compiled else 'no'})",
     )

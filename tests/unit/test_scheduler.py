@@ -339,102 +339,98 @@ class AnnouncedTracker(SteppedTracker):
         return super().step(streams, pictures)
 
 
-def test_next_pictures_are_announced_once_every_stream_of_the_tick_has_one_and_are_then_not_replaced() -> (
-    None
-):
+@pytest.fixture
+def announced() -> Iterator[tuple[Scheduler, AnnouncedTracker]]:
     scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
     assert isinstance(tracker, AnnouncedTracker)
-    try:
-        streams = [scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2)]
-        late: list[Future[FrameMasklets]] = []
-        asking: list[Callable[[], None]] = [
-            lambda: late.append(streams[0].offer(tiny_picture(1))),
-            lambda: late.extend(
-                [*(stream.offer(tiny_picture(2)) for stream in streams), streams[1].offer(tiny_picture(3))]
-            ),
-        ]
-        tracker.before_asking = lambda: asking.pop(0)() if asking else None
-        tracker.on_step = lambda: (
-            late.append(streams[0].offer(tiny_picture(4))) if len(tracker.announced) == 2 else None
-        )
-        with scheduler._wake:  # both in one tick
-            first = [stream.offer(tiny_picture(0)) for stream in streams]
-        for future in first:
+    yield scheduler, tracker
+    scheduler.close()
+
+
+def test_next_pictures_are_announced_once_every_stream_of_the_tick_has_one_and_are_then_not_replaced(
+    announced: tuple[Scheduler, AnnouncedTracker],
+) -> None:
+    scheduler, tracker = announced
+    streams = [scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2)]
+    late: list[Future[FrameMasklets]] = []
+    asking: list[Callable[[], None]] = [
+        lambda: late.append(streams[0].offer(tiny_picture(1))),
+        lambda: late.extend(
+            [*(stream.offer(tiny_picture(2)) for stream in streams), streams[1].offer(tiny_picture(3))]
+        ),
+    ]
+    tracker.before_asking = lambda: asking.pop(0)() if asking else None
+    tracker.on_step = lambda: (
+        late.append(streams[0].offer(tiny_picture(4))) if len(tracker.announced) == 2 else None
+    )
+    with scheduler._wake:  # both in one tick
+        first = [stream.offer(tiny_picture(0)) for stream in streams]
+    for future in first:
+        future.result(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(tracker.tracked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tracker.tracked == [[0, 0], [1], [2, 3], [4]]
+    assert tracker.announced[0] == [], "the other stream has none yet"
+    assert tracker.announced[1] == [2]
+    results = [future.result(TIMEOUT_S) for future in late]
+    assert [(result.frame_id, result.is_dropped) for result in results] == [
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+    ], "only what had not begun was replaced"
+
+
+def test_a_prompt_before_the_next_picture_keeps_it_from_being_announced(
+    announced: tuple[Scheduler, AnnouncedTracker],
+) -> None:
+    scheduler, tracker = announced
+    stream = scheduler.open_stream(is_live=True, max_objects=1)
+    later: list[Future[FrameMasklets]] = []
+
+    def prompt_and_offer() -> None:
+        if not later:
+            stream.prompt(click(0))
+            later.append(stream.offer(tiny_picture(1)))
+
+    tracker.before_asking = prompt_and_offer
+    stream.offer(tiny_picture(0)).result(TIMEOUT_S)
+    assert [one.object_id for one in later[0].result(TIMEOUT_S).masklets] == [1]
+    assert tracker.announced == [[], []]
+
+
+def test_a_stream_that_closes_after_its_next_picture_was_announced_holds_nobody_up(
+    announced: tuple[Scheduler, AnnouncedTracker],
+) -> None:
+    scheduler, tracker = announced
+    closing, other = (scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2))
+    waiting: list[Future[FrameMasklets]] = []
+    tracker.before_asking = lambda: waiting.append(closing.offer(tiny_picture(1))) if not waiting else None
+    tracker.on_step = closing.close
+    closing.offer(tiny_picture(0)).result(TIMEOUT_S)
+    assert tracker.announced[0] == [1]
+    assert waiting[0].cancelled()
+    assert not other.offer(tiny_picture(5)).result(TIMEOUT_S).is_dropped
+    assert scheduler.is_healthy
+
+
+def test_what_fails_while_the_next_pictures_are_asked_for_is_a_fault_and_leaves_nobody_waiting(
+    announced: tuple[Scheduler, AnnouncedTracker],
+) -> None:
+    scheduler, tracker = announced
+    stream = scheduler.open_stream(is_live=False, max_objects=1)
+
+    def fail() -> None:
+        raise torch.AcceleratorError("the device is gone")
+
+    tracker.before_asking = fail
+    futures = [stream.offer(tiny_picture(index)) for index in range(3)]
+    for future in futures:
+        with pytest.raises(DeviceFaultError):
             future.result(TIMEOUT_S)
-        deadline = time.monotonic() + TIMEOUT_S
-        while len(tracker.tracked) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert tracker.tracked == [[0, 0], [1], [2, 3], [4]]
-        assert tracker.announced[0] == [], "the other stream has none yet"
-        assert tracker.announced[1] == [2]
-        results = [future.result(TIMEOUT_S) for future in late]
-        assert [(result.frame_id, result.is_dropped) for result in results] == [
-            (1, False),
-            (2, False),
-            (2, True),
-            (3, False),
-            (4, False),
-        ], "only what had not begun was replaced"
-    finally:
-        scheduler.close()
-
-
-def test_a_prompt_before_the_next_picture_keeps_it_from_being_announced() -> None:
-    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
-    assert isinstance(tracker, AnnouncedTracker)
-    try:
-        stream = scheduler.open_stream(is_live=True, max_objects=1)
-        later: list[Future[FrameMasklets]] = []
-
-        def prompt_and_offer() -> None:
-            if not later:
-                stream.prompt(click(0))
-                later.append(stream.offer(tiny_picture(1)))
-
-        tracker.before_asking = prompt_and_offer
-        stream.offer(tiny_picture(0)).result(TIMEOUT_S)
-        assert [one.object_id for one in later[0].result(TIMEOUT_S).masklets] == [1]
-        assert tracker.announced == [[], []]
-    finally:
-        scheduler.close()
-
-
-def test_a_stream_that_closes_after_its_next_picture_was_announced_holds_nobody_up() -> None:
-    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
-    assert isinstance(tracker, AnnouncedTracker)
-    try:
-        closing, other = (scheduler.open_stream(is_live=True, max_objects=1) for _ in range(2))
-        waiting: list[Future[FrameMasklets]] = []
-        tracker.before_asking = lambda: (
-            waiting.append(closing.offer(tiny_picture(1))) if not waiting else None
-        )
-        tracker.on_step = closing.close
-        closing.offer(tiny_picture(0)).result(TIMEOUT_S)
-        assert tracker.announced[0] == [1]
-        assert waiting[0].cancelled()
-        assert not other.offer(tiny_picture(5)).result(TIMEOUT_S).is_dropped
-        assert scheduler.is_healthy
-    finally:
-        scheduler.close()
-
-
-def test_what_fails_while_the_next_pictures_are_asked_for_is_a_fault_and_leaves_nobody_waiting() -> None:
-    scheduler, tracker = stepped_scheduler(kind=AnnouncedTracker)
-    assert isinstance(tracker, AnnouncedTracker)
-    try:
-        stream = scheduler.open_stream(is_live=False, max_objects=1)
-
-        def fail() -> None:
-            raise torch.AcceleratorError("the device is gone")
-
-        tracker.before_asking = fail
-        futures = [stream.offer(tiny_picture(index)) for index in range(3)]
-        for future in futures:
-            with pytest.raises(DeviceFaultError):
-                future.result(TIMEOUT_S)
-        assert not scheduler.is_healthy
-    finally:
-        scheduler.close()
+    assert not scheduler.is_healthy
 
 
 @pytest.mark.parametrize("is_live", [False, True])
