@@ -261,6 +261,7 @@ class Bench:
 
     def _engine_options(self, *, memory: str = "") -> EngineOptions:
         engine, limits = self._request.engine, self._request.limits
+        most_streams, most_objects = max(self._request.streams), max(self._request.objects)
         return EngineOptions(
             model=engine.model,
             memory=engine.memory or memory,
@@ -268,9 +269,9 @@ class Bench:
             weights=self._weights if self._weights_name == "random" else engine.weights,
             threads=engine.threads,
             is_compiled=engine.is_compiled,
-            max_streams=self._most_streams(min(self._request.objects))
-            if limits
-            else max(self._request.streams),
+            max_streams=self._most_streams(min(self._request.objects)) if limits else most_streams,
+            # A GPU's graphs are made for as many, and every size more takes seconds to minutes.
+            max_objects=MOST_OBJECTS if limits else most_streams * most_objects,
         )
 
     def _engine_alone(self, *, memory: str = "") -> EngineOptions:

@@ -86,13 +86,23 @@ def build_reference(model: str, weights: Path, *, build: str, device: str) -> An
     Raises:
         CheckpointError: the file holds no weights.
     """
-    config = network_config(model)
+    side = network_config(model).input_size_px
     size = model.removeprefix(PREFIX).removesuffix("-512")
+    feature_side = side // 16
     with contextlib.redirect_stdout(io.StringIO()):  # it announces compilation; ours is the last line there
         predictor = build_sam2_video_predictor(
             f"configs/sam2.1/sam2.1_hiera_{CONFIGS[size]}.yaml",
             device=device,
-            hydra_overrides_extra=[f"++model.image_size={config.input_size_px}"],
+            hydra_overrides_extra=[
+                f"++model.image_size={side}",
+                # Made for 1024, these two keep on the first call what they compute for another size. Under
+                # `vos_optimized` that is an output of a CUDA graph, which the next call overwrites.
+                f"++model.image_encoder.neck.position_encoding.image_size={side}",
+                *(
+                    f"++model.memory_attention.layer.{attention}.feat_sizes=[{feature_side},{feature_side}]"
+                    for attention in ("self_attention", "cross_attention")
+                ),
+            ],
             vos_optimized=build == "vos_optimized",
         )
     predictor.load_state_dict(load_state(weights))

@@ -228,6 +228,8 @@ def write_arguments(request: ServerRequest) -> list[str]:
     arguments += ["--address", request.address, "--runtime", engine.runtime]
     arguments += ["--max-streams", str(engine.max_streams)]
     arguments += ["--max-objects", str(max(request.max_objects, ServerConfig().max_objects))]
+    # A stream may begin before the rows of the one before are free again.
+    arguments += ["--max-objects-total", str(engine.max_objects + request.max_objects)]
     for flag, value in (
         ("--model", engine.model),
         ("--memory", engine.memory),

@@ -1,6 +1,6 @@
 """The straight line from pictures to masklets, for many objects of many streams at once.
 
-encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory ─ recognise
+encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ write_memory ─ recognise ─ search
 """
 
 import itertools
@@ -33,11 +33,13 @@ from trocar_engines.masklets import (
 from trocar_engines.masks import main_parts, settle_overlaps
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
 from trocar_engines.memory.gallery import Gallery
-from trocar_engines.memory.pool import MemoryPool, is_uniform, upload
+from trocar_engines.memory.pool import MemoryPool, Place, is_uniform, upload
 from trocar_engines.network.appearance import LEAST_AREA
+from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import MOST_LOOKS, Runtime
+from trocar_engines.search import GLANCE_INTERVAL_S, Search
 
 LARGEST_BATCH = 32
 """Rows of one batch; more objects take several."""
@@ -59,18 +61,20 @@ NEAR = 0.08
 """A mask that lies farther, in sides of the picture, from where the object showed last has jumped there."""
 LIKENESS_MEMORY = 0.5
 """Share of the past in how much what is found is like the object, at each look."""
-ALIKE, UNLIKE = 0.76, 0.5
-"""Likeness, see `Gallery.compare`, above which what was lost is taken back, and below which what is followed
-is doubted. With 0.7 instead of 0.76 (LongSim dev) as many returns are found and frames that show the object
-gain 1.5 J&F, but those of absences lose more: a look-alike is taken for it in 17 instead of 10 of 24."""
-SURELY_ALIKE = 0.8
-"""Likeness from which on a view joins the gallery: what joins it widens what is believed."""
+ALIKE = 0.8
+"""Likeness, see `Gallery.compare`, from which on what was lost is taken back, what a glance found is
+followed, and a view joins the gallery: what joins it widens what is believed."""
+UNLIKE, STILL_ALIKE = 0.5, 0.7
+"""Likeness below which what is followed is doubted: of what was never away only where its mask is not sound
+either, of what was found again in any case, for then it may be another thing from the first."""
 CONTINUOUS = 0.65
 """Cosine to the most alike of an object's last looks. Below it, and with a mask that is not sound, something
 else may have taken its place: an object changes little from look to look (LongSim dev: 5% of 963 looks lie
 below 0.62), a mask that slips onto a neighbour as its object leaves does so all at once (9 of 13 below 0.66).
 When it was chosen it made 67.4 of 61.2 J&F on all frames there, 72.1 of 71.5 on those with the object."""
 LAST_LOOKS = 3
+TRIAL_IOU = 0.3
+"""Predicted IoU that is asked of what is on trial: from another side masks are better than they are sure."""
 ENOUGH_VIEWS = 12
 """Views from which on a change is news: an object of which few are known shows new ones."""
 SOUND_IOU = 0.7
@@ -156,6 +160,7 @@ class TrackedObject:
         class_evidence: running mean of the log probabilities of what the object looked like, float32 [K];
             None until then.
         gallery: what the object looked like.
+        search: for it elsewhere in the picture, while it is away.
         place: bool [h, w], the mask with which it showed last; None before.
         likeness: of what is found now to the object's gallery, a running mean over the looks at it; None
             before the first.
@@ -182,6 +187,7 @@ class TrackedObject:
     frames_since_seen: int = 0
     class_evidence: Float32Array | None = None
     gallery: Gallery = field(default_factory=Gallery)
+    search: Search = field(default_factory=Search)
     place: BoolArray | None = None
     likeness: float | None = None
     last_looks: deque[Float32Array] = field(default_factory=lambda: deque(maxlen=LAST_LOOKS))
@@ -223,7 +229,7 @@ class TrackedObject:
         likeness = self.gallery.compare(descriptor)
         past = likeness if self.likeness is None else self.likeness
         self.likeness = LIKENESS_MEMORY * past + (1 - LIKENESS_MEMORY) * likeness
-        is_own = likeness >= SURELY_ALIKE or (is_sound and not self.was_away and not self.has_changed)
+        is_own = likeness >= ALIKE or (is_sound and not self.was_away and not self.has_changed)
         if is_own and not self.is_doubted:
             self.gallery.add(descriptor)
 
@@ -297,7 +303,8 @@ class _Row:
             predicted_iou=self.masklet.predicted_iou,
             # What is followed and only just doubted goes on as it is until more looks tell.
             is_present=self.found_area > 0,
-            is_trusted=self.frame.is_trusted and not (self.is_doubted and self.tracked.is_lost),
+            is_trusted=self.frame.is_trusted
+            and not (self.is_doubted and (self.tracked.is_lost or self.tracked.search.is_on_trial)),
             area=self.found_area,
             summary=self.frame.summary,
         )
@@ -523,19 +530,25 @@ class Tracker:
                     remembered = Decoded(*(field.index_select(0, chosen) for field in decoded))
                 else:
                     remembered = decoded
-                spatial, prototypes = self.runtime.encode_memory(
-                    features,
-                    remembered.mask_logits,
-                    remembered.presence_logit,
-                    torch.zeros(len(worth), dtype=torch.bool, device=self.runtime.device),
-                )
-                self.pool.store(places, spatial, prototypes, remembered.pointer)
+                is_prompted = torch.zeros(len(worth), dtype=torch.bool, device=self.runtime.device)
+                self._write(places, features, remembered, is_prompted)
             for row, fact, slot, is_due in zip(batch, facts, slots, due, strict=True):
                 if is_due:
                     row.tracked.bank.consider(fact, None if row.is_doubted else slot)
             if self.network.classes:
                 self._recognise(batch, class_token)
+        if self.network.classes and self.network.readout_dim:
+            self._search([row for batch in step.batches for row in batch.rows])
         clock.lap("write_memory")
+
+    def _write(
+        self, places: list[Place], features: ImageFeatures, decoded: Decoded, is_prompted: Tensor
+    ) -> None:
+        """Remember objects on frames; as many rows of each."""
+        spatial, prototypes = self.runtime.encode_memory(
+            features, decoded.mask_logits, decoded.presence_logit, is_prompted
+        )
+        self.pool.store(places, spatial, prototypes, decoded.pointer)
 
     def _recognise(self, rows: list[_Row], class_token: Tensor) -> None:
         """Look what some of the rows show, those first that wait longest: kind and appearance."""
@@ -548,7 +561,7 @@ class Tracker:
             # Either way: a source that begins anew may begin its clock anew.
             and abs(row.frame.time_s - row.tracked.looked_at_s) >= self.config.look_interval_s
         ]
-        due = self._take_turns(rows, due)
+        due = self._take_turns(rows, due, lambda tracked: tracked.looked_at_s)
         if not due:
             return
         shown = [pixels for index in due if (pixels := rows[index].pixels) is not None]
@@ -573,16 +586,73 @@ class Tracker:
             past = evidence if tracked.class_evidence is None else tracked.class_evidence
             tracked.class_evidence = CLASS_MEMORY * past + (1 - CLASS_MEMORY) * evidence
 
-    def _take_turns(self, rows: list[_Row], due: list[int]) -> list[int]:
-        """Indices of those of the rows that are due whose turn it is."""
+    def _take_turns(
+        self, rows: list[_Row], due: list[int], since: Callable[[TrackedObject], float]
+    ) -> list[int]:
+        """Indices of those of the rows that are due whose turn it is: who waits `since` longest."""
         looks: Counter[int] = Counter()
         turn: list[int] = []
-        for index in sorted(due, key=lambda index: rows[index].tracked.looked_at_s):
+        for index in sorted(due, key=lambda index: since(rows[index].tracked)):
             stream = id(rows[index].stream)
             if looks[stream] < MOST_LOOKS and looks.total() < self.config.most_looks:
                 looks[stream] += 1
                 turn.append(index)
         return turn
+
+    def _search(self, rows: list[_Row]) -> None:
+        """Glance at another place for objects that are away; end trials that had their time."""
+        for row in rows:
+            if row.tracked.search.is_trial_over(row.frame.time_s):
+                self._end_trial(row)
+        due = [index for index, row in enumerate(rows) if _is_searched(row)]
+        for index in self._take_turns(rows, due, lambda tracked: tracked.search.glanced_at_s):
+            self._glance(rows[index], rows)
+
+    def _glance(self, row: _Row, rows: list[_Row]) -> None:
+        """Look where an object may be that is away, and begin to follow what is like it.
+
+        What is found is on trial: followed as something doubted until the looks at it have told what it is.
+        """
+        tracked, frame, bank = row.tracked, row.frame, row.tracked.bank
+        # From glance to glance another of the pictures that show it best.
+        known = bank.lasting_slots[tracked.search.glances % len(bank.lasting_slots)]
+        prototypes = self.pool.prototypes[bank.row, known].expand(1, READOUT_SLOTS, -1, -1)
+        affinity = self.runtime.read_affinity(frame.features.keys, prototypes)[0, 0].numpy()
+        point = tracked.search.choose_point(affinity, _taken(row, rows), frame.time_s)
+        if point is None:
+            return
+        at = (point[0] * frame.width_px, point[1] * frame.height_px)
+        decoded = self._decode_points(frame, [at], [1], None)
+        read = _describe(self.runtime.read_back(decoded)())[0]
+        if not self._is_like(row, read):
+            tracked.search.reject(point, read.mask_logits > 0, frame.time_s)
+            return
+        slot = bank.find(read.found_area, frame.time_s)
+        is_prompted = torch.zeros(1, dtype=torch.bool, device=self.runtime.device)
+        self._write([bank.place(slot, frame.time_s)], frame.features, decoded, is_prompted)
+        tracked.search.trial_from_s = frame.time_s
+        tracked.forget_found()
+        if not tracked.is_doubted:
+            tracked.is_doubted, tracked.doubted_from_s = True, frame.time_s
+
+    def _is_like(self, row: _Row, read: "_Readback") -> bool:
+        """Whether what a glance found is surely like the object."""
+        assert row.pixels is not None
+        if read.found_area < LEAST_AREA or read.predicted_iou < self.config.return_iou:
+            return False
+        device = self.runtime.device
+        (mask_logits,) = upload(device, main_parts(read.mask_logits)[None])
+        token = torch.zeros(1, self.network.d_model, device=device)
+        seen = self.runtime.recognise(token, _stack_pixels([row.pixels], device), mask_logits)
+        return row.tracked.gallery.compare(seen.descriptor[0].numpy()) >= ALIKE
+
+    def _end_trial(self, row: _Row) -> None:
+        """What was on trial is not the object: forget it."""
+        tracked, search = row.tracked, row.tracked.search
+        assert search.trial_from_s is not None
+        tracked.bank.roll_back(search.trial_from_s, tracked.bank.frame)
+        tracked.forget_found()
+        search.trial_from_s = None
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
@@ -728,7 +798,6 @@ class Tracker:
         if not is_same_frame:
             tracked.points, tracked.labels = [], []
         tracked.prompted_frame = frame.frame_id
-        scale = self.network.input_size_px / np.array([frame.width_px, frame.height_px])
         points, labels = list(prompt.points), list(prompt.labels)
         if prompt.box is not None:
             # SAM 2 reads a box as two points of their own labels, before all others.
@@ -738,21 +807,27 @@ class Tracker:
         if not tracked.points:
             raise InvalidPromptError(f"object {prompt.object_id}: a prompt needs a point, a box or a mask")
         earlier = None if is_new else tracked.past.get(frame.frame_id)
+        return self._decode_points(frame, tracked.points, tracked.labels, earlier)
+
+    def _decode_points(
+        self, frame: KeptFrame, points: list[tuple[float, float]], labels: list[int], earlier: Past | None
+    ) -> Decoded:
+        """Masks of points (x, y) in pixels of the source; `earlier` is the mask that they correct."""
         size = self.network.mask_size
         mask_prompt = torch.zeros(1, 1, size, size)
         if earlier is not None:
             mask_prompt[0, 0] = torch.from_numpy(earlier.mask_logits).clamp(-LOGIT_CLAMP, LOGIT_CLAMP)
-        coordinates = torch.from_numpy(np.array(tracked.points) * scale).float().unsqueeze(0)
+        scale = self.network.input_size_px / np.array([frame.width_px, frame.height_px])
         return self.runtime.decode_prompt(
             self.runtime.without_memory(frame.features.embedding),
             frame.features,
             PromptTensors(
-                points=coordinates,
-                labels=torch.tensor([tracked.labels]),
+                points=torch.from_numpy(np.array(points) * scale).float().unsqueeze(0),
+                labels=torch.tensor([labels]),
                 mask=mask_prompt,
                 has_mask=torch.tensor([earlier is not None]),
             ),
-            torch.tensor([len(tracked.points) <= 1]),
+            torch.tensor([len(points) <= 1]),
         )
 
     def _decode_mask_prompt(self, mask: np.ndarray, frame: KeptFrame) -> Decoded:
@@ -794,10 +869,8 @@ class Tracker:
             earlier = tracked.past.get(frame.frame_id)
             bank.roll_back(frame.time_s, None if earlier is None else earlier.bank_frame)
             slot = bank.correct(area, frame.time_s)
-        spatial, prototypes = self.runtime.encode_memory(
-            frame.features, decoded.mask_logits, decoded.presence_logit, torch.tensor([True])
-        )
-        self.pool.store([bank.place(slot, frame.time_s)], spatial, prototypes, decoded.pointer)
+        place = bank.place(slot, frame.time_s)
+        self._write([place], frame.features, decoded, torch.tensor([True]))
         # Masks that were seen since with a memory that is gone are no start for further corrections.
         tracked.past = {
             known: past for known, past in tracked.past.items() if not is_new and known < frame.frame_id
@@ -805,7 +878,7 @@ class Tracker:
         if is_new:
             tracked.class_evidence = None
         # Whoever points knows better than what was remembered of its looks.
-        tracked.gallery, tracked.prompted_at_s = Gallery(), frame.time_s
+        tracked.gallery, tracked.search, tracked.prompted_at_s = Gallery(), Search(), frame.time_s
         tracked.is_doubted = tracked.was_away = tracked.has_changed = False
         tracked.place = None
         tracked.forget_found()
@@ -836,7 +909,7 @@ class Tracker:
             must_prove=(is_lost or tracked.is_doubted or has_jumped or tracked.has_changed) and can_look,
         )
         if is_recognised:
-            tracked.has_changed = False
+            tracked.has_changed, tracked.search.trial_from_s = False, None
         self._doubt(tracked, frame.time_s, is_lost=is_lost, is_found=is_found, is_recognised=is_recognised)
         if is_recognised:
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
@@ -882,18 +955,21 @@ class Tracker:
     def _is_recognised(self, tracked: TrackedObject, read: "_Readback", *, must_prove: bool) -> bool:
         """Whether what is found is the object: a look-alike must not inherit an identity.
 
-        What is followed without a break is believed unless it is neither sound nor like the object. What is
-        taken for a lost object, or lies elsewhere all at once, must prove itself: its mask must look sound,
-        and it must look like the object. Its class says nothing: it is wrong more often than the looks are
-        (four sets of LongSim dev without asking it: J&F 71.5 instead of 69.8 on frames that show the object,
-        12 instead of 11 of 16 returns found).
+        What is followed without a break is believed unless it is neither sound nor like the object, or was
+        found again and is not like it. What is taken for a lost object, or lies elsewhere all at once, must
+        prove itself: its mask must look sound, and it must look like the object. Its class says nothing: it
+        is wrong more often than the looks are (four sets of LongSim dev without asking it: J&F 71.5 instead
+        of 69.8 on frames that show the object, 12 instead of 11 of 16 returns found).
         """
         if tracked.bank.config.policy is MemoryPolicy.VANILLA:
             return True
         if not must_prove:
-            is_unlike = tracked.likeness is not None and tracked.likeness < UNLIKE
-            return read.predicted_iou >= SOUND_IOU or not is_unlike
-        if read.predicted_iou < self.config.return_iou:
+            if tracked.likeness is None:
+                return True
+            if tracked.was_away:
+                return tracked.likeness >= STILL_ALIKE
+            return read.predicted_iou >= SOUND_IOU or tracked.likeness >= UNLIKE
+        if read.predicted_iou < (TRIAL_IOU if tracked.search.is_on_trial else self.config.return_iou):
             return False
         # Looked at after the reply; until then the next frames wait.
         return not tracked.gallery.views or (tracked.likeness is not None and tracked.likeness >= ALIKE)
@@ -953,6 +1029,40 @@ def _find_rivals(rows: list[_Row]) -> BoolArray:
     is_beside = (streams[:, None] == streams) & (frames[:, None] == frames) & is_other
     are_rivals: BoolArray = is_beside & yields[:, None] & claims
     return are_rivals
+
+
+def _is_searched(row: _Row) -> bool:
+    """Whether an object is away that is known well enough to be told from others, and nothing is on trial."""
+    tracked, time_s = row.tracked, row.frame.time_s
+    assert row.masklet is not None, "known once the row is read back"
+    return (
+        row.pixels is not None
+        and row.frame.is_trusted
+        and row.masklet.state is not ObjectState.VISIBLE
+        and tracked.bank.config.policy is not MemoryPolicy.VANILLA
+        and tracked.was_away
+        and tracked.gallery.is_begun
+        and not tracked.search.is_on_trial
+        and abs(time_s - tracked.search.glanced_at_s) >= GLANCE_INTERVAL_S
+    )
+
+
+def _taken(row: _Row, rows: list[_Row]) -> BoolArray:
+    """Where an object that is away cannot be, bool [h, w]: what is found is another thing, or is doubted."""
+    masks = [
+        each.read.mask_logits > 0
+        for each in rows
+        if each.read is not None
+        and each.found_area
+        and each.stream is row.stream
+        and each.frame is row.frame
+        and (each is row or each.tracked.is_certain)
+    ]
+    assert row.read is not None, "known once the row is read back"
+    taken = np.zeros(row.read.mask_logits.shape, np.bool_)
+    for mask in masks:
+        taken |= mask
+    return taken
 
 
 def _is_apart(mask: BoolArray, place: BoolArray) -> bool:

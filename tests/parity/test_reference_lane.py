@@ -37,6 +37,9 @@ def test_reference_and_engine_agree_on_the_frames_they_share(tmp_path: Path) -> 
     weights = tmp_path / "random.safetensors"
     write_random_weights(MODEL, weights)
     predictor = build_reference(MODEL, weights, build="sam2", device="cpu")
+    for layer in predictor.memory_attention.layers:
+        rotations = (layer.self_attn.freqs_cis, layer.cross_attn_image.freqs_cis)
+        assert {len(of_one) for of_one in rotations} == {(SIZE_PX // 16) ** 2}, "made anew on its first frame"
     pictures = make_pictures(4)
     labels = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
     labels[100:200, 100:200], labels[300:400, 250:350] = 1, 2

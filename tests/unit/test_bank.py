@@ -212,6 +212,29 @@ def test_corrections_have_their_own_slots() -> None:
     assert bank.reads().slots == [0, 1, 7, 6]
 
 
+def test_what_was_found_elsewhere_takes_one_place_and_not_that_of_what_a_person_said_last() -> None:
+    bank = make_bank()
+    assert [bank.correct(100, 1.0), bank.find(100, 2.0), bank.find(100, 3.0)] == [6, 7, 7]
+    assert bank.lasting_slots == [7, 0]
+    assert bank.correct(100, 4.0) == 6
+    assert bank.correct(100, 5.0) == 7, "what was found gives way to a person"
+    assert bank.find(100, 6.0) == 6
+    assert bank.corrections.filled() == [7, 6], "the latest of a person stays"
+    bank.roll_back(6.0, None)
+    assert bank.corrections.filled() == [7]
+    assert bank.find(100, 7.0) == 6
+
+
+def test_lasting_pictures_begin_with_what_was_told_last() -> None:
+    bank = make_bank()
+    assert bank.lasting_slots == [0]
+    elect(bank, 1.0, 60)
+    (long_term,) = bank.long_term.filled()
+    assert bank.lasting_slots == [0, long_term]
+    assert bank.correct(100, 9.0) == 6
+    assert bank.lasting_slots == [6, long_term, 0]
+
+
 def elect(bank: MemoryBank, start_s: float, angle: float, iou: float = 0.9) -> None:
     """Five candidates in a row, all alike: the first is elected."""
     for frame in range(5):

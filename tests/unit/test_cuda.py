@@ -442,6 +442,20 @@ def test_stage_that_cannot_be_compiled_is_logged_and_stays_a_captured_graph(
     runtime.encode_image(examples(1)["encode_image"][0])
 
 
+def test_a_compiled_stage_for_which_memory_is_short_leaves_the_captured_graph(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_only(monkeypatch, ("encode_image",), rows=(1, 2))
+
+    def exhaust(maps: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runtime = make_compiled(FakeCompiler(exhaust))
+    assert (runtime.name, runtime.compiled) == ("cuda", frozenset())
+    (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert "out of memory; the captured graph runs instead" in warning.getMessage()
+
+
 def test_plans_come_before_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_only(monkeypatch, ("encode_image",), rows=(1,))
     shapes = DeviceShapes(pictures=1, rows=1, full_slots=(), steady_slots=(), most_slots=3)

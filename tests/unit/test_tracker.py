@@ -14,6 +14,7 @@ from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors, Recognition
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import MOST_LOOKS
+from trocar_engines.search import TRIAL_S
 from trocar_engines.tracker import (
     SOUND_IOU,
     UNKNOWN_CLASS,
@@ -568,14 +569,15 @@ def test_a_flicker_does_not_end_a_doubt() -> None:
     assert all(time_s < 60 / 30 for time_s in learnt), "but that it is away nothing was learnt"
 
 
-def test_a_tap_on_what_is_followed_is_believed_whatever_it_looked_like() -> None:
-    """The tracker slid onto another instrument under a sound mask; a surgeon points at the right one."""
+def test_a_tap_on_what_is_doubted_is_believed_whatever_it_looked_like() -> None:
+    """After a return the tracker slid onto another instrument; a surgeon points at the right one."""
     runtime = TellingRuntime()
     tracker, stream = begin(runtime, 30)
     tracked = stream.objects[1]
-    tracked.was_away = True  # looks are no longer learnt
+    tracked.was_away = True
     runtime.appearance = 1
-    assert watch(tracker, stream, range(30, 60))[-1] is ObjectState.VISIBLE
+    assert runtime.iou >= SOUND_IOU
+    assert watch(tracker, stream, range(30, 60))[-1] is ObjectState.OCCLUDED
     assert tracked.likeness is not None
     assert tracked.likeness < 0.5
     runtime.iou = SOUND_IOU - 0.1
@@ -979,3 +981,107 @@ def test_what_lies_apart_is_not_looked_at() -> None:
     assert seen[-1, -1] < 0
     inside = slice(0, mask.shape[1] // 2)
     np.testing.assert_array_equal(seen[:, inside], mask[:, inside])
+
+
+class ElsewhereRuntime(TellingRuntime):
+    """Follows what its memory was told last; a click finds the few columns around it.
+
+    `home` is where the object is, None while it is away; `looks_right` is how what a glance finds there goes
+    on to look, once it is followed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home: slice | None = slice(0, 4)
+        self.looks_right = True
+        self.glances = 0
+
+    def decode_prompt(
+        self, conditioned: Tensor, features: ImageFeatures, prompt: PromptTensors, is_multimask: Tensor
+    ) -> Decoded:
+        decoded = super().decode_prompt(conditioned, features, prompt, is_multimask)
+        self.glances += 1
+        side = decoded.mask_logits.shape[-1]
+        column = int(prompt.points[0, 0, 0]) * side // TINY.input_size_px // 4 * 4
+        mask_logits = torch.full_like(decoded.mask_logits, -5.0)
+        mask_logits[..., column : column + 4] = 5.0
+        return decoded._replace(
+            mask_logits=mask_logits,
+            predicted_iou=torch.full_like(decoded.predicted_iou, 0.9),
+            presence_logit=torch.full_like(decoded.presence_logit, 5.0),
+        )
+
+    def encode_memory(
+        self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if presence_logit[0] > 0:
+            columns = (mask_logits[0, 0] > 0).nonzero()
+            self.columns, self.presence = slice(int(columns[0]), int(columns[-1]) + 1), 5.0
+        return super().encode_memory(features, mask_logits, presence_logit, is_prompted)
+
+    def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
+        if self.home != self.columns and self.looks_right:
+            self.presence = -5.0
+        return super().track_masks(conditioned, features, prototypes)
+
+    def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+        columns = (mask_logits[0, 0] > 0).nonzero()
+        is_home = self.home is not None and int(columns[0]) == self.home.start
+        is_followed = self.presence > 0
+        self.appearance = 0 if is_home and (self.looks_right or not is_followed) else 1
+        return super().recognise(class_token, pixels, mask_logits)
+
+
+def leave(runtime: ElsewhereRuntime, policy: MemoryPolicy = MemoryPolicy.FIFO) -> tuple[Tracker, StreamState]:
+    """An object that was followed at the left border for two seconds and then went away for two."""
+    bank = dataclasses.replace(BANK, policy=policy)
+    tracker = Tracker(runtime, TrackerConfig(rows=1, bank=bank, lost_after_s=1.0))
+    stream = tracker.open_stream(bank, 1)
+    follow(tracker, stream, range(1))
+    tracker.prompt(stream, click(1, 0, x=10))
+    assert set(watch(tracker, stream, range(1, 60))) == {ObjectState.VISIBLE}
+    assert runtime.glances == 1, "the prompt"
+    runtime.home = None
+    assert watch(tracker, stream, range(60, 120))[-1] is ObjectState.LOST
+    return tracker, stream
+
+
+def test_an_object_that_comes_back_where_its_memory_finds_nothing_is_searched_for() -> None:
+    runtime = ElsewhereRuntime()
+    tracker, stream = leave(runtime)
+    assert runtime.glances > 5, "while it was away"
+    assert not stream.objects[1].bank.corrections.times, "what is unlike it is not followed"
+    runtime.home = slice(12, 16)
+    states = watch(tracker, stream, range(120, 180))
+    returned = states.index(ObjectState.VISIBLE)
+    assert returned < 60
+    assert set(states[returned:]) == {ObjectState.VISIBLE}
+    glances = runtime.glances
+    (masklet,) = tracker.step([stream], [picture(180)]).results[0].masklets
+    np.testing.assert_array_equal((masklet.mask_logits > 0)[0].nonzero()[0], range(12, 16))
+    assert runtime.glances == glances, "nobody searches for what is there"
+
+
+def test_what_a_glance_found_is_forgotten_if_looks_at_it_do_not_agree() -> None:
+    runtime = ElsewhereRuntime()
+    tracker, stream = leave(runtime)
+    tracked, bank = stream.objects[1], stream.objects[1].bank
+    remembered = bank.recent.filled()
+    runtime.home, runtime.looks_right = slice(12, 16), False
+    frame = 120
+    while not tracked.search.is_on_trial:
+        assert watch(tracker, stream, range(frame, frame + 1)) == [ObjectState.LOST]
+        frame += 1
+    assert bank.corrections.times
+    runtime.home = None
+    trial = round(TRIAL_S * 30) + 2
+    assert set(watch(tracker, stream, range(frame, frame + trial))) == {ObjectState.LOST}
+    assert tracked.search.trial_from_s is None
+    assert not bank.corrections.times
+    assert set(bank.recent.filled()) <= set(remembered), "nothing of it is remembered"
+
+
+def test_vanilla_memory_searches_for_nothing() -> None:
+    runtime = ElsewhereRuntime()
+    leave(runtime, MemoryPolicy.VANILLA)
+    assert runtime.glances == 1

@@ -243,14 +243,14 @@ class CudaRuntime:
             captured = self._captured[variant]
             try:
                 source = _bound(compile_stage(functions[variant.stage], captured.inputs), captured.inputs)
-            except RuntimeUnavailableError as error:
+                run = capture(source)
+                expected = references[variant.stage](*widen(captured.inputs))
+                comparison = compare_with_graph(run, captured.run, expected, measure)
+            except (RuntimeUnavailableError, torch.OutOfMemoryError) as error:
                 log.warning("%s: %s; the captured graph runs instead", variant, error)
                 # Its other sizes would fail as this one did, each after as long.
                 failed.add(variant.stage)
                 continue
-            run = capture(source)
-            expected = references[variant.stage](*widen(captured.inputs))
-            comparison = compare_with_graph(run, captured.run, expected, measure)
             is_used = comparison.verdict == USED
             log.log(
                 logging.INFO if is_used else logging.WARNING, "%s compiled: %s", variant, describe(comparison)
@@ -332,6 +332,11 @@ class CudaRuntime:
             features._replace(embedding=conditioned), on_device, is_multimask.to(self.device)
         )
 
+    @torch.inference_mode()
+    def read_affinity(self, keys: Tensor, prototypes: Tensor) -> Tensor:
+        """See `Runtime.read_affinity`; not captured either."""
+        return self.network.read_affinity(keys, prototypes)[0].float().cpu()
+
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -405,7 +410,9 @@ class GraphCapture:
         graph = torch.cuda.CUDAGraph()
         # Another model may be tracking on its own thread meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run()
+            # A slice without elements would keep all of the memory that it is a slice of.
+            outputs = tuple(output if output.numel() else output.new_empty(output.shape) for output in run())
+        graph.replay()  # the first one uploads the graph, which no live frame should wait for
 
         def replay() -> tuple[Tensor, ...]:
             graph.replay()

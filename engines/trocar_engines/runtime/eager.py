@@ -49,6 +49,10 @@ class EagerRuntime:
         """See `Runtime.decode_prompt`."""
         return self.network.decode_prompt(features._replace(embedding=conditioned), prompt, is_multimask)
 
+    def read_affinity(self, keys: Tensor, prototypes: Tensor) -> Tensor:
+        """See `Runtime.read_affinity`."""
+        return self.network.read_affinity(keys, prototypes)[0]
+
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,12 @@ class Runtime(Protocol):
     ) -> Decoded:
         """Masks on a prompted frame."""
 
+    def read_affinity(self, keys: Tensor, prototypes: Tensor) -> Tensor:
+        """How much each point is like remembered pictures, float32 [B, 1, 2h, 2w] logits on the host.
+
+        Only of a network with a readout; rare. Waits for the device.
+        """
+
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
     ) -> tuple[Tensor, Tensor]:

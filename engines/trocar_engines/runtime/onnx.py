@@ -119,6 +119,10 @@ class OnnxRuntime:
         maps = (stride_4, stride_8, keys)
         return Decoded(*self._run("decode_prompt", conditioned, *maps, *prompt, is_multimask))
 
+    def read_affinity(self, keys: Tensor, prototypes: Tensor) -> Tensor:
+        """See `Runtime.read_affinity`."""
+        return self.network.read_affinity(keys, prototypes)[0]
+
     def encode_memory(
         self, features: ImageFeatures, mask_logits: Tensor, presence_logit: Tensor, is_prompted: Tensor
     ) -> tuple[Tensor, Tensor]:
