@@ -128,8 +128,7 @@ class Manifest:
 def device_shapes(banks: Sequence[BankConfig], *, pictures: int, rows: int) -> DeviceShapes:
     """What to capture for objects with any of these banks."""
     # Once recent memory is full, long-term memories and corrections come one by one, and may never all come.
-    # The staging slot is never read.
-    full = {slots for bank in banks for slots in range(1 + bank.recent_slots, bank.slots)}
+    full = {slots for bank in banks for slots in range(1 + bank.recent_slots, bank.most_read + 1)}
     return DeviceShapes(
         pictures=pictures,
         rows=rows,

@@ -9,6 +9,7 @@ makes a mask of it, and the gallery says whether that is the object (`Tracker._s
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -19,32 +20,48 @@ GLANCE_INTERVAL_S = 0.05
 """Least time between two glances for one object; each costs as much as a frame of another object."""
 GLANCE_MEMORY_S = 1.0
 """So long a place where a glance found another thing is not looked at again."""
+LEAST_GLANCES = 8
+"""So many glances are remembered for longer, lest a source of a picture a second be searched at one place."""
 AROUND = 2
 """A glance also covers so many points to each side of its click, of the map it was chosen from."""
-TRIAL_S = 0.7
+LARGEST_SHARE = 0.25
+"""Of the picture. A larger mask is the background, and covers its click alone."""
+TRIAL_S, LEAST_TRIAL_FRAMES, MOST_TRIAL_FRAMES = 0.7, 3, 100
 """What a glance found is followed so long, unseen by anyone, until the looks at it have told what it is."""
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class Trial:
+    """What a glance found that is like the object.
+
+    Args:
+        point: of the glance, from `Search.choose_point`.
+        mask: bool [h, w], what it found there.
+        from_s: time of the picture, and `frames`, how many came since.
+    """
+
+    point: tuple[float, float]
+    mask: BoolArray
+    from_s: float
+    frames: int = 0
+
+    def is_over(self, time_s: float) -> bool:
+        """Whether it had its time, in which looks at it could tell; some clocks are slow or stand still."""
+        is_late = abs(time_s - self.from_s) > TRIAL_S or self.frames >= MOST_TRIAL_FRAMES
+        return is_late and self.frames >= LEAST_TRIAL_FRAMES
 
 
 class Search:
     """Glances for one object; times are those of the pictures, in seconds.
 
-    `glances` counts them, `glanced_at_s` is when the last one was, and `trial_from_s` when what is followed
-    on trial was found, or None.
+    `glances` counts them, `glanced_at_s` is when the last one was; `trial` is what is followed of what they
+    found, or None.
     """
 
     def __init__(self) -> None:
         self.glanced_at_s, self.glances = -math.inf, 0
-        self.trial_from_s: float | None = None
+        self.trial: Trial | None = None
         self._covered: deque[tuple[float, BoolArray]] = deque()
-
-    @property
-    def is_on_trial(self) -> bool:
-        """Whether what a glance found is followed to see what it is."""
-        return self.trial_from_s is not None
-
-    def is_trial_over(self, time_s: float) -> bool:
-        """Whether what is on trial had its time."""
-        return self.trial_from_s is not None and abs(time_s - self.trial_from_s) > TRIAL_S
 
     def choose_point(
         self, affinity: Float32Array, taken: BoolArray, time_s: float
@@ -57,7 +74,7 @@ class Search:
             time_s: of the picture.
         """
         self.glanced_at_s, self.glances = time_s, self.glances + 1
-        while self._covered and not 0 <= time_s - self._covered[0][0] <= GLANCE_MEMORY_S:
+        while self._covered and self._is_forgotten(time_s - self._covered[0][0]):
             self._covered.popleft()
         height, width = affinity.shape
         # In the middle of what is alike rather than on its brightest point, which may lie on an edge.
@@ -66,9 +83,14 @@ class Search:
             calm[shrink(mask, height, width)] = -np.inf
         best = int(calm.argmax())
         if calm.flat[best] == -np.inf:
+            self._covered.clear()
             return None
         row, column = divmod(best, width)
         return (column + 0.5) / width, (row + 0.5) / height
+
+    def _is_forgotten(self, age_s: float) -> bool:
+        """Whether the oldest glance says nothing any more; a slow source's last ones do for longer."""
+        return age_s < 0 or (age_s > GLANCE_MEMORY_S and len(self._covered) > LEAST_GLANCES)
 
     def reject(self, point: tuple[float, float], mask: BoolArray, time_s: float) -> None:
         """Do not look again soon where a glance found another thing.
@@ -78,7 +100,9 @@ class Search:
             mask: bool [h, w], what it found.
             time_s: of the picture.
         """
-        covered = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        covered = np.zeros(mask.shape, np.bool_)
+        if mask.mean() <= LARGEST_SHARE:
+            covered |= cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         height, width = mask.shape
         row, column = int(point[1] * height), int(point[0] * width)
         around = 2 * AROUND

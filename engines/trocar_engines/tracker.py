@@ -39,7 +39,7 @@ from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import MOST_LOOKS, Runtime
-from trocar_engines.search import GLANCE_INTERVAL_S, Search
+from trocar_engines.search import GLANCE_INTERVAL_S, Search, Trial
 
 LARGEST_BATCH = 32
 """Rows of one batch; more objects take several."""
@@ -73,12 +73,15 @@ else may have taken its place: an object changes little from look to look (LongS
 below 0.62), a mask that slips onto a neighbour as its object leaves does so all at once (9 of 13 below 0.66).
 When it was chosen it made 67.4 of 61.2 J&F on all frames there, 72.1 of 71.5 on those with the object."""
 LAST_LOOKS = 3
+TAKEN_SHARE = 0.5
+"""A mask of which so much lies on other objects is one of them."""
 TRIAL_IOU = 0.3
 """Predicted IoU that is asked of what is on trial: from another side masks are better than they are sure."""
 ENOUGH_VIEWS = 12
 """Views from which on a change is news: an object of which few are known shows new ones."""
 SOUND_IOU = 0.7
-"""A mask of such a predicted IoU that is followed without a break is believed whatever it looks like."""
+"""A mask of such a predicted IoU that is followed without a break is believed whatever it looks like, until
+its object was away."""
 UNKNOWN_CLASS = "unknown"
 
 
@@ -197,9 +200,14 @@ class TrackedObject:
     prompted_at_s: float = -math.inf
 
     @property
+    def is_unproven(self) -> bool:
+        """Whether what is found is not shown, for it may be another thing."""
+        return self.is_doubted or self.search.trial is not None
+
+    @property
     def is_certain(self) -> bool:
         """Whether what is found is taken for the object without a proof."""
-        return not (self.is_doubted or self.is_lost or self.has_changed)
+        return not (self.is_unproven or self.is_lost or self.has_changed)
 
     @property
     def class_probabilities(self) -> Float32Array | None:
@@ -221,7 +229,7 @@ class TrackedObject:
             self.last_looks.clear()
             self.likeness, self.has_changed = None, True
         self.last_looks.append(descriptor)
-        if not self.gallery.is_begun and not self.is_doubted and not self.has_changed:
+        if not self.gallery.is_begun and not self.is_unproven and not self.has_changed:
             self.gallery.add(descriptor)
             return
         if not self.gallery.views:
@@ -230,7 +238,7 @@ class TrackedObject:
         past = likeness if self.likeness is None else self.likeness
         self.likeness = LIKENESS_MEMORY * past + (1 - LIKENESS_MEMORY) * likeness
         is_own = likeness >= ALIKE or (is_sound and not self.was_away and not self.has_changed)
-        if is_own and not self.is_doubted:
+        if is_own and not self.is_unproven:
             self.gallery.add(descriptor)
 
 
@@ -292,7 +300,7 @@ class _Row:
     @property
     def is_doubted(self) -> bool:
         """Whether something is found that is not believed to be the object."""
-        return self.found_area > 0 and self.tracked.is_doubted
+        return self.found_area > 0 and self.tracked.is_unproven
 
     @property
     def facts(self) -> FrameFacts:
@@ -304,7 +312,8 @@ class _Row:
             # What is followed and only just doubted goes on as it is until more looks tell.
             is_present=self.found_area > 0,
             is_trusted=self.frame.is_trusted
-            and not (self.is_doubted and (self.tracked.is_lost or self.tracked.search.is_on_trial)),
+            and self.tracked.search.trial is None
+            and not (self.is_doubted and self.tracked.is_lost),
             area=self.found_area,
             summary=self.frame.summary,
         )
@@ -373,6 +382,9 @@ class Tracker:
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8)
         mask_logits = torch.zeros(1, self.network.mask_size, self.network.mask_size, device=device)
         self.runtime.recognise(token, pixels, mask_logits)
+        if self.network.readout_dim:
+            keys = self.runtime.encode_image(pixels).keys
+            self.runtime.read_affinity(keys, self.pool.prototypes[:1, :1].expand(-1, READOUT_SLOTS, -1, -1))
 
     def open_stream(self, bank: BankConfig, most_objects: int) -> StreamState:
         """State for a new stream."""
@@ -578,9 +590,9 @@ class Tracker:
             assert masklet is not None, "known once the row is read back"
             tracked.looked_at_s = row.frame.time_s
             # What is small tells little, but what is doubted has no other way back.
-            if row.found_area >= LEAST_AREA or tracked.is_doubted:
+            if row.found_area >= LEAST_AREA or tracked.is_unproven:
                 tracked.look(descriptor, is_sound=masklet.predicted_iou >= SOUND_IOU)
-            if tracked.is_doubted:
+            if tracked.is_unproven:
                 continue
             evidence = np.log(likely + CLASS_FLOOR)
             past = evidence if tracked.class_evidence is None else tracked.class_evidence
@@ -592,7 +604,9 @@ class Tracker:
         """Indices of those of the rows that are due whose turn it is: who waits `since` longest."""
         looks: Counter[int] = Counter()
         turn: list[int] = []
-        for index in sorted(due, key=lambda index: since(rows[index].tracked)):
+        # By how long, not since when: streams have clocks of their own.
+        waits_s = {index: abs(rows[index].frame.time_s - since(rows[index].tracked)) for index in due}
+        for index in sorted(due, key=lambda index: -waits_s[index]):
             stream = id(rows[index].stream)
             if looks[stream] < MOST_LOOKS and looks.total() < self.config.most_looks:
                 looks[stream] += 1
@@ -602,38 +616,42 @@ class Tracker:
     def _search(self, rows: list[_Row]) -> None:
         """Glance at another place for objects that are away; end trials that had their time."""
         for row in rows:
-            if row.tracked.search.is_trial_over(row.frame.time_s):
-                self._end_trial(row)
-        due = [index for index, row in enumerate(rows) if _is_searched(row)]
+            trial = row.tracked.search.trial
+            if trial is not None:
+                trial.frames += 1
+                if trial.is_over(row.frame.time_s):
+                    self._lose_trial(row.tracked, trial, row.frame.time_s)
+        due = [index for index, row in enumerate(rows) if _is_searched(row, self.config.return_iou)]
         for index in self._take_turns(rows, due, lambda tracked: tracked.search.glanced_at_s):
             self._glance(rows[index], rows)
 
     def _glance(self, row: _Row, rows: list[_Row]) -> None:
         """Look where an object may be that is away, and begin to follow what is like it.
 
-        What is found is on trial: followed as something doubted until the looks at it have told what it is.
+        What is found is on trial: followed without being shown until the looks at it have told what it is.
         """
         tracked, frame, bank = row.tracked, row.frame, row.tracked.bank
         # From glance to glance another of the pictures that show it best.
         known = bank.lasting_slots[tracked.search.glances % len(bank.lasting_slots)]
         prototypes = self.pool.prototypes[bank.row, known].expand(1, READOUT_SLOTS, -1, -1)
         affinity = self.runtime.read_affinity(frame.features.keys, prototypes)[0, 0].numpy()
-        point = tracked.search.choose_point(affinity, _taken(row, rows), frame.time_s)
+        taken = _taken(row, rows)
+        point = tracked.search.choose_point(affinity, taken, frame.time_s)
         if point is None:
             return
         at = (point[0] * frame.width_px, point[1] * frame.height_px)
         decoded = self._decode_points(frame, [at], [1], None)
         read = _describe(self.runtime.read_back(decoded)())[0]
-        if not self._is_like(row, read):
-            tracked.search.reject(point, read.mask_logits > 0, frame.time_s)
+        mask = read.mask_logits > 0
+        is_taken = (mask & taken).sum() > TAKEN_SHARE * mask.sum()
+        if is_taken or not self._is_like(row, read):
+            tracked.search.reject(point, mask, frame.time_s)
             return
-        slot = bank.find(read.found_area, frame.time_s)
+        place = bank.begin_trial(read.found_area, frame.time_s)
         is_prompted = torch.zeros(1, dtype=torch.bool, device=self.runtime.device)
-        self._write([bank.place(slot, frame.time_s)], frame.features, decoded, is_prompted)
-        tracked.search.trial_from_s = frame.time_s
+        self._write([place], frame.features, decoded, is_prompted)
+        tracked.search.trial = Trial(point=point, mask=mask, from_s=frame.time_s)
         tracked.forget_found()
-        if not tracked.is_doubted:
-            tracked.is_doubted, tracked.doubted_from_s = True, frame.time_s
 
     def _is_like(self, row: _Row, read: "_Readback") -> bool:
         """Whether what a glance found is surely like the object."""
@@ -646,13 +664,21 @@ class Tracker:
         seen = self.runtime.recognise(token, _stack_pixels([row.pixels], device), mask_logits)
         return row.tracked.gallery.compare(seen.descriptor[0].numpy()) >= ALIKE
 
-    def _end_trial(self, row: _Row) -> None:
-        """What was on trial is not the object: forget it."""
-        tracked, search = row.tracked, row.tracked.search
-        assert search.trial_from_s is not None
-        tracked.bank.roll_back(search.trial_from_s, tracked.bank.frame)
+    @staticmethod
+    def _lose_trial(tracked: TrackedObject, trial: Trial, time_s: float) -> None:
+        """What was on trial is not the object: forget it, and look elsewhere."""
+        tracked.bank.drop_trial()
+        tracked.search.reject(trial.point, trial.mask, time_s)
+        tracked.search.trial = None
         tracked.forget_found()
-        search.trial_from_s = None
+
+    @staticmethod
+    def _win_trial(tracked: TrackedObject) -> None:
+        """What was on trial is the object, and what was doubted is not."""
+        if tracked.is_doubted:
+            tracked.bank.roll_back(tracked.doubted_from_s, tracked.bank.frame)
+        tracked.bank.keep_trial()
+        tracked.search.trial = None
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
@@ -901,15 +927,17 @@ class Tracker:
             tracked.forget_found()
         mask = read.mask_logits > 0
         has_jumped = is_found and tracked.place is not None and _is_apart(mask, tracked.place)
-        if has_jumped and not tracked.is_doubted:
+        if has_jumped and not tracked.is_unproven:
             tracked.forget_found()
         is_recognised = is_found and self._is_recognised(
             tracked,
             read,
-            must_prove=(is_lost or tracked.is_doubted or has_jumped or tracked.has_changed) and can_look,
+            must_prove=(is_lost or tracked.is_unproven or has_jumped or tracked.has_changed) and can_look,
         )
         if is_recognised:
-            tracked.has_changed, tracked.search.trial_from_s = False, None
+            tracked.has_changed = False
+            if tracked.search.trial is not None:
+                self._win_trial(tracked)
         self._doubt(tracked, frame.time_s, is_lost=is_lost, is_found=is_found, is_recognised=is_recognised)
         if is_recognised:
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
@@ -918,9 +946,9 @@ class Tracker:
         else:
             tracked.frames_since_seen += 1
             state = ObjectState.LOST if is_lost else ObjectState.OCCLUDED
-        is_present = read.presence_logit > 0 and not tracked.is_doubted
+        is_present = read.presence_logit > 0 and not tracked.is_unproven
         logits = read.mask_logits if is_present else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
-        if not (is_found and tracked.is_doubted):  # neither its mask nor none is a start for a correction
+        if not (is_found and tracked.is_unproven):  # neither its mask nor none is a start for a correction
             tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
         name, probability = self._class_of(tracked.class_probabilities)
         return Masklet(
@@ -938,7 +966,7 @@ class Tracker:
         self, tracked: TrackedObject, time_s: float, *, is_lost: bool, is_found: bool, is_recognised: bool
     ) -> None:
         """Begin, keep or end the doubt in what is found; a flicker does not end it."""
-        if is_found and not is_recognised and not tracked.is_doubted:
+        if is_found and not is_recognised and not tracked.is_unproven:
             tracked.is_doubted = tracked.was_away = True
             # It took two looks to notice. What a person said stays.
             noticed_s = time_s - 2 * self.config.look_interval_s
@@ -969,7 +997,7 @@ class Tracker:
             if tracked.was_away:
                 return tracked.likeness >= STILL_ALIKE
             return read.predicted_iou >= SOUND_IOU or tracked.likeness >= UNLIKE
-        if read.predicted_iou < (TRIAL_IOU if tracked.search.is_on_trial else self.config.return_iou):
+        if read.predicted_iou < (TRIAL_IOU if tracked.search.trial else self.config.return_iou):
             return False
         # Looked at after the reply; until then the next frames wait.
         return not tracked.gallery.views or (tracked.likeness is not None and tracked.likeness >= ALIKE)
@@ -1031,10 +1059,13 @@ def _find_rivals(rows: list[_Row]) -> BoolArray:
     return are_rivals
 
 
-def _is_searched(row: _Row) -> bool:
+def _is_searched(row: _Row, return_iou: float) -> bool:
     """Whether an object is away that is known well enough to be told from others, and nothing is on trial."""
     tracked, time_s = row.tracked, row.frame.time_s
     assert row.masklet is not None, "known once the row is read back"
+    is_alike = tracked.likeness is None or tracked.likeness >= ALIKE
+    # What its memory found was looked at meanwhile, or is going to be.
+    is_about_to_return = row.found_area > 0 and is_alike and row.masklet.predicted_iou >= return_iou
     return (
         row.pixels is not None
         and row.frame.is_trusted
@@ -1042,7 +1073,8 @@ def _is_searched(row: _Row) -> bool:
         and tracked.bank.config.policy is not MemoryPolicy.VANILLA
         and tracked.was_away
         and tracked.gallery.is_begun
-        and not tracked.search.is_on_trial
+        and tracked.search.trial is None
+        and not is_about_to_return
         and abs(time_s - tracked.search.glanced_at_s) >= GLANCE_INTERVAL_S
     )
 
@@ -1056,7 +1088,7 @@ def _taken(row: _Row, rows: list[_Row]) -> BoolArray:
         and each.found_area
         and each.stream is row.stream
         and each.frame is row.frame
-        and (each is row or each.tracked.is_certain)
+        and (each is row or each.tracked.is_certain or each.tracked.search.trial is not None)
     ]
     assert row.read is not None, "known once the row is read back"
     taken = np.zeros(row.read.mask_logits.shape, np.bool_)

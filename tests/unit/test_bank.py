@@ -4,7 +4,7 @@ import torch
 
 from networks import TINY
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy
-from trocar_engines.memory.pool import RECENT_POINTERS, MemoryPool
+from trocar_engines.memory.pool import FOUND_POINTER, RECENT_POINTERS, TRIAL_POINTER, MemoryPool
 
 CONDITIONING, LONG_TERM = 6, 7
 
@@ -212,17 +212,75 @@ def test_corrections_have_their_own_slots() -> None:
     assert bank.reads().slots == [0, 1, 7, 6]
 
 
-def test_what_was_found_elsewhere_takes_one_place_and_not_that_of_what_a_person_said_last() -> None:
+def filled_bank() -> MemoryBank:
+    """With every ring full."""
     bank = make_bank()
-    assert [bank.correct(100, 1.0), bank.find(100, 2.0), bank.find(100, 3.0)] == [6, 7, 7]
-    assert bank.lasting_slots == [7, 0]
-    assert bank.correct(100, 4.0) == 6
-    assert bank.correct(100, 5.0) == 7, "what was found gives way to a person"
-    assert bank.find(100, 6.0) == 6
-    assert bank.corrections.filled() == [7, 6], "the latest of a person stays"
-    bank.roll_back(6.0, None)
-    assert bank.corrections.filled() == [7]
-    assert bank.find(100, 7.0) == 6
+    elect(bank, 1.0, 60)
+    elect(bank, 6.0, 90)
+    for frame in range(RECENT_POINTERS):
+        track(bank, facts(11.0 + frame, iou=0.5))
+    for time_s in (40.0, 41.0):
+        bank.correct(100, time_s)
+    return bank
+
+
+def test_a_trial_that_is_dropped_leaves_all_as_it_was() -> None:
+    bank = filled_bank()
+    track(bank, facts(50.0, present=False))
+    before, absent = told(bank), bank.absent_slot
+    place = bank.begin_trial(7, 51.0)
+    assert told(bank) != before
+    assert place.slot not in (*bank.recent.times, *bank.long_term.times, *bank.corrections.times, 0)
+    bank.drop_trial()
+    assert (told(bank), bank.absent_slot) == (before, absent)
+
+
+def told(bank: MemoryBank) -> tuple[list[int], list[int], list[int], list[int], tuple[int, int]]:
+    reads = bank.reads()
+    return reads.slots, reads.times, reads.pointers, reads.pointer_ages, reads.prototypes
+
+
+def test_what_is_on_trial_and_what_was_found_is_read_as_a_correction_with_its_pointer() -> None:
+    bank = filled_bank()
+    most = len(bank.reads().pointers)
+    bank.pool.spatial[bank.row, bank.begin_trial(7, 51.0).slot] = 5.0
+    bank.pool.pointers[bank.row, TRIAL_POINTER] = 6.0
+    bank.advance()
+    reads = bank.reads()
+    assert (reads.slots[-1], reads.times[-1]) == (bank.config.trial_slot, bank.correction_time)
+    assert (reads.pointers[1], reads.pointer_ages[1]) == (TRIAL_POINTER, 1)
+    assert len(reads.pointers) == most, "the oldest is left out"
+    assert len(reads.slots) == bank.config.most_read
+    assert reads.prototypes == (bank.config.trial_slot,) * 2
+    bank.keep_trial()
+    reads = bank.reads()
+    found = bank.config.found_slot
+    assert (reads.slots[-1], reads.pointers[1], reads.prototypes) == (found, FOUND_POINTER, (found, found))
+    assert bank.pool.spatial[bank.row, found].unique().item() == 5.0
+    assert bank.pool.pointers[bank.row, FOUND_POINTER].unique().item() == 6.0
+    assert bank.lasting_slots == [found, *bank.long_term.filled(), *bank.corrections.filled(), 0]
+
+
+def test_an_earlier_find_outlives_a_trial_that_fails_but_not_what_a_person_says() -> None:
+    bank = filled_bank()
+    bank.begin_trial(7, 51.0)
+    bank.keep_trial()
+    bank.begin_trial(7, 52.0)
+    bank.drop_trial()
+    assert bank.told_slot == bank.config.found_slot
+    bank.begin_trial(7, 53.0)
+    corrected = bank.correct(100, 54.0)
+    assert (bank.found, bank.trial, bank.told_slot) == (None, None, corrected)
+
+
+def test_rolling_back_forgets_what_was_found_since_but_nothing_on_trial() -> None:
+    bank = filled_bank()
+    bank.begin_trial(7, 51.0)
+    bank.keep_trial()
+    bank.begin_trial(7, 52.0)
+    bank.roll_back(50.0, bank.frame)
+    assert bank.found is None
+    assert bank.trial is not None
 
 
 def test_lasting_pictures_begin_with_what_was_told_last() -> None:

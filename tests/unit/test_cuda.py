@@ -48,7 +48,7 @@ from trocar_engines.runtime.interface import Runtime
 from trocar_engines.tracker import Tracker, TrackerConfig
 
 BANK = BankConfig(recent_slots=2, long_term_slots=2, candidate_iou=0.0, candidate_interval_s=0.0)
-SHAPES = DeviceShapes(pictures=2, rows=4, full_slots=(3, 5), steady_slots=(3, 5), most_slots=BANK.slots - 1)
+SHAPES = DeviceShapes(pictures=2, rows=4, full_slots=(3, 5), steady_slots=(3, 5), most_slots=BANK.most_read)
 SMALL_HIERA = dataclasses.replace(
     NETWORKS["sam2.1-hiera-tiny"],
     trunk=HieraConfig(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,)),

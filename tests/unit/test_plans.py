@@ -297,9 +297,9 @@ def test_shapes_follow_from_the_banks_of_every_policy() -> None:
     base = model_entry("sam2.1-hiera-base-plus-512")
     banks = [bank_config(base, policy) for policy in ("vanilla", "fifo", "spread")]
     shapes = device_shapes(banks, pictures=8, rows=64)
-    assert shapes.full_slots == (7, 8, 9, 10, 11, 12, 13)
+    assert shapes.full_slots == (7, 8, 9, 10, 11, 12, 13, 14)
     assert shapes.steady_slots == (7, 11)
-    assert shapes.most_slots == 1 + 6 + 4 + BankConfig().correction_slots
+    assert shapes.most_slots == 1 + 6 + 4 + BankConfig().correction_slots + 1
     assert max(variant.rows for variant in shapes.variants()) == 32
 
 

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from trocar_engines.search import GLANCE_MEMORY_S, TRIAL_S, Search, shrink
+from trocar_engines.search import (
+    GLANCE_MEMORY_S,
+    LEAST_GLANCES,
+    MOST_TRIAL_FRAMES,
+    TRIAL_S,
+    Search,
+    Trial,
+    shrink,
+)
 
 NOTHING = np.zeros((16, 16), np.bool_)
 
@@ -28,7 +36,10 @@ def test_where_another_thing_was_found_nobody_looks_again_soon() -> None:
     first = search.choose_point(affinity(), NOTHING, 0.0)
     assert first is not None
     search.reject(first, NOTHING, 0.0)
-    assert search.choose_point(affinity(), NOTHING, GLANCE_MEMORY_S / 2) == (2.5 / 8, 2.5 / 8)
+    for time_s in (GLANCE_MEMORY_S / 2, GLANCE_MEMORY_S + 0.1):
+        assert search.choose_point(affinity(), NOTHING, time_s) == (2.5 / 8, 2.5 / 8)
+    for _ in range(LEAST_GLANCES):
+        search.reject((0.0, 0.0), NOTHING, GLANCE_MEMORY_S)
     assert search.choose_point(affinity(), NOTHING, GLANCE_MEMORY_S + 0.1) == first
 
 
@@ -42,8 +53,11 @@ def test_a_clock_that_begins_anew_forgets_where_was_looked() -> None:
 
 def test_where_all_has_been_looked_at_there_is_no_glance() -> None:
     search = Search()
-    search.reject((0.5, 0.5), ~NOTHING, 0.0)
-    assert search.choose_point(affinity(), NOTHING, 0.1) is None
+    assert search.choose_point(affinity(), ~NOTHING, 0.1) is None
+    search.reject((5.5 / 8, 5.5 / 8), NOTHING, 0.1)
+    search.reject((2.5 / 8, 2.5 / 8), NOTHING, 0.1)
+    assert search.choose_point(affinity(), ~NOTHING, 0.2) is None
+    assert search.choose_point(affinity(), NOTHING, 0.2) == (5.5 / 8, 5.5 / 8), "and then anew"
 
 
 def test_glances_are_counted_and_dated() -> None:
@@ -53,13 +67,26 @@ def test_glances_are_counted_and_dated() -> None:
     assert (search.glances, search.glanced_at_s) == (2, 2.0)
 
 
-@pytest.mark.parametrize(("after_s", "is_over"), [(TRIAL_S / 2, False), (TRIAL_S + 0.1, True), (-9.0, True)])
-def test_a_trial_has_its_time(after_s: float, is_over: bool) -> None:
+def test_a_mask_of_the_background_covers_its_click_alone() -> None:
     search = Search()
-    assert not search.is_trial_over(after_s), "there is none"
-    search.trial_from_s = 0.0
-    assert search.is_on_trial
-    assert search.is_trial_over(after_s) == is_over
+    search.reject((5.5 / 8, 5.5 / 8), ~NOTHING, 0.0)
+    assert search.choose_point(affinity(), NOTHING, 0.1) == (2.5 / 8, 2.5 / 8)
+
+
+@pytest.mark.parametrize(
+    ("after_s", "frames", "is_over"),
+    [
+        (TRIAL_S / 2, 9, False),
+        (TRIAL_S + 0.1, 9, True),
+        (-9.0, 9, True),
+        (TRIAL_S + 0.1, 1, False),
+        (0.0, MOST_TRIAL_FRAMES, True),
+    ],
+    ids=["short", "long", "clock-began-anew", "slow-source", "clock-stands-still"],
+)
+def test_a_trial_has_its_time(after_s: float, frames: int, is_over: bool) -> None:
+    trial = Trial(point=(0.5, 0.5), mask=NOTHING, from_s=10.0, frames=frames)
+    assert trial.is_over(10.0 + after_s) == is_over
 
 
 def test_a_mask_shrinks_to_every_block_that_it_touches() -> None:

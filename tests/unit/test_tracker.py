@@ -1,6 +1,7 @@
 import dataclasses
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors, Recognition
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import MOST_LOOKS
-from trocar_engines.search import TRIAL_S
 from trocar_engines.tracker import (
     SOUND_IOU,
     UNKNOWN_CLASS,
@@ -1032,8 +1032,10 @@ class ElsewhereRuntime(TellingRuntime):
         return super().recognise(class_token, pixels, mask_logits)
 
 
-def leave(runtime: ElsewhereRuntime, policy: MemoryPolicy = MemoryPolicy.FIFO) -> tuple[Tracker, StreamState]:
-    """An object that was followed at the left border for two seconds and then went away for two."""
+def leave(
+    runtime: ElsewhereRuntime, policy: MemoryPolicy = MemoryPolicy.FIFO, *, away: int = 60
+) -> tuple[Tracker, StreamState]:
+    """An object that was followed at the left border for two seconds and then was away for some frames."""
     bank = dataclasses.replace(BANK, policy=policy)
     tracker = Tracker(runtime, TrackerConfig(rows=1, bank=bank, lost_after_s=1.0))
     stream = tracker.open_stream(bank, 1)
@@ -1042,7 +1044,7 @@ def leave(runtime: ElsewhereRuntime, policy: MemoryPolicy = MemoryPolicy.FIFO) -
     assert set(watch(tracker, stream, range(1, 60))) == {ObjectState.VISIBLE}
     assert runtime.glances == 1, "the prompt"
     runtime.home = None
-    assert watch(tracker, stream, range(60, 120))[-1] is ObjectState.LOST
+    assert watch(tracker, stream, range(60, 60 + away))[-1] is not ObjectState.VISIBLE
     return tracker, stream
 
 
@@ -1050,7 +1052,7 @@ def test_an_object_that_comes_back_where_its_memory_finds_nothing_is_searched_fo
     runtime = ElsewhereRuntime()
     tracker, stream = leave(runtime)
     assert runtime.glances > 5, "while it was away"
-    assert not stream.objects[1].bank.corrections.times, "what is unlike it is not followed"
+    assert stream.objects[1].bank.told_slot == 0, "what is unlike it is not followed"
     runtime.home = slice(12, 16)
     states = watch(tracker, stream, range(120, 180))
     returned = states.index(ObjectState.VISIBLE)
@@ -1062,23 +1064,112 @@ def test_an_object_that_comes_back_where_its_memory_finds_nothing_is_searched_fo
     assert runtime.glances == glances, "nobody searches for what is there"
 
 
+def find_elsewhere(
+    runtime: ElsewhereRuntime, tracker: Tracker, stream: StreamState, frame: int, *, looks_right: bool
+) -> int:
+    """The next frame once a glance has found something on the right."""
+    runtime.home, runtime.looks_right = slice(12, 16), looks_right
+    while stream.objects[1].search.trial is None:
+        assert watch(tracker, stream, range(frame, frame + 1)) != [ObjectState.VISIBLE]
+        frame += 1
+    return frame
+
+
 def test_what_a_glance_found_is_forgotten_if_looks_at_it_do_not_agree() -> None:
     runtime = ElsewhereRuntime()
     tracker, stream = leave(runtime)
-    tracked, bank = stream.objects[1], stream.objects[1].bank
-    remembered = bank.recent.filled()
-    runtime.home, runtime.looks_right = slice(12, 16), False
-    frame = 120
-    while not tracked.search.is_on_trial:
+    bank = stream.objects[1].bank
+    remembered = dict(bank.recent.times)
+    frame = find_elsewhere(runtime, tracker, stream, 120, looks_right=False)
+    absent_s = bank.recent.times.pop(bank.absent_slot or 0)
+    assert bank.told_slot == bank.config.trial_slot
+    while stream.objects[1].search.trial is not None:
         assert watch(tracker, stream, range(frame, frame + 1)) == [ObjectState.LOST]
         frame += 1
-    assert bank.corrections.times
+    assert bank.told_slot == 0
+    assert absent_s > 2.0
+    assert bank.recent.times.items() <= remembered.items(), "nothing of it, and nothing else, was remembered"
+    glances = runtime.glances
     runtime.home = None
-    trial = round(TRIAL_S * 30) + 2
-    assert set(watch(tracker, stream, range(frame, frame + trial))) == {ObjectState.LOST}
-    assert tracked.search.trial_from_s is None
-    assert not bank.corrections.times
-    assert set(bank.recent.filled()) <= set(remembered), "nothing of it is remembered"
+    assert set(watch(tracker, stream, range(frame, frame + 30))) == {ObjectState.LOST}
+    assert runtime.glances > glances, "it looks elsewhere"
+
+
+def test_a_tap_ends_what_is_on_trial() -> None:
+    runtime = ElsewhereRuntime()
+    tracker, stream = leave(runtime)
+    frame = find_elsewhere(runtime, tracker, stream, 120, looks_right=False)
+    runtime.looks_right, runtime.home = True, slice(4, 8)
+    assert tracker.prompt(stream, click(1, frame - 1, x=60)).masklet.state is ObjectState.VISIBLE
+    bank = stream.objects[1].bank
+    assert (bank.trial, stream.objects[1].search.trial) == (None, None)
+    assert set(watch(tracker, stream, range(frame, frame + 60))) == {ObjectState.VISIBLE}
+
+
+def test_a_trial_that_fails_leaves_an_object_that_was_only_out_of_view_undoubted() -> None:
+    runtime = ElsewhereRuntime()
+    tracker, stream = leave(runtime, away=25)
+    frame = find_elsewhere(runtime, tracker, stream, 85, looks_right=False)
+    tracked = stream.objects[1]
+    assert not tracked.is_doubted
+    while tracked.search.trial is not None:
+        watch(tracker, stream, range(frame, frame + 1))
+        frame += 1
+    assert not tracked.is_doubted
+
+
+def test_an_object_is_found_elsewhere_at_a_frame_a_second() -> None:
+    runtime = ElsewhereRuntime()
+    tracker, stream = leave(runtime)
+    runtime.home = slice(12, 16)
+    states = []
+    for second in range(5, 25):
+        step = tracker.step([stream], [dataclasses.replace(picture(1000 + second), time_s=float(second))])
+        tracker.remember(step)
+        states.append(step.results[0].masklets[0].state)
+    assert states[-1] is ObjectState.VISIBLE
+
+
+def test_a_glance_takes_no_other_object_that_is_there() -> None:
+    class TwinRuntime(ElsewhereRuntime):
+        """The second of two objects, the first's twin, is where it was; a click finds nothing else."""
+
+        is_away = False
+
+        def decode_prompt(self, *arguments: Any) -> Decoded:
+            decoded = super().decode_prompt(*arguments)
+            if self.is_away:
+                decoded.mask_logits[:] = -5.0
+                decoded.mask_logits[..., 8:12] = 5.0
+            return decoded
+
+        def track_masks(self, conditioned: Tensor, features: ImageFeatures, prototypes: Tensor) -> Decoded:
+            decoded = super().track_masks(conditioned, features, prototypes)
+            decoded.mask_logits[:] = -5.0
+            for row, columns in enumerate((slice(0, 4), slice(8, 12))[: len(conditioned)]):
+                decoded.mask_logits[row, :, columns] = 5.0
+            decoded.presence_logit[:] = 5.0
+            decoded.presence_logit[0] = -5.0 if self.is_away else 5.0
+            return decoded
+
+        def recognise(self, class_token: Tensor, pixels: Tensor, mask_logits: Tensor) -> Recognition:
+            seen = super().recognise(class_token, pixels, mask_logits)
+            return seen._replace(
+                descriptor=torch.eye(seen.descriptor.shape[1])[:1].expand_as(seen.descriptor)
+            )
+
+    runtime = TwinRuntime()
+    tracker = Tracker(runtime, TrackerConfig(rows=2, bank=BANK))
+    stream = tracker.open_stream(BANK, 2)
+    follow(tracker, stream, range(1))
+    for object_id, x in ((1, 10), (2, 90)):
+        tracker.prompt(stream, click(object_id, 0, x=x))
+    follow(tracker, stream, range(1, 60))
+    runtime.is_away, glances = True, runtime.glances
+    states = watch(tracker, stream, range(60, 180))
+    assert runtime.glances > glances
+    assert states[-1] is ObjectState.LOST
+    assert stream.objects[1].search.trial is None
 
 
 def test_vanilla_memory_searches_for_nothing() -> None:

@@ -3,7 +3,7 @@
 SAM2S (arXiv 2511.16618), "Diverse memory": beside SAM 2's conditioning and recent frames, a few long-term
 memories chosen for being unlike those already kept. Order of the slots in a row:
 
-    0 conditioning · recent (a ring) · long-term (a ring) · corrections (a ring) · staging
+    0 conditioning · recent (a ring) · long-term (a ring) · corrections (a ring) · found · trial · staging
 """
 
 import enum
@@ -15,7 +15,9 @@ from trocar_engines.masklets import Float32Array
 from trocar_engines.memory.diversity import Candidate, CandidateRun, redundant_member
 from trocar_engines.memory.pool import (
     CONDITIONING_POINTERS,
+    FOUND_POINTER,
     RECENT_POINTERS,
+    TRIAL_POINTER,
     MemoryPool,
     Place,
     SlotReads,
@@ -76,8 +78,23 @@ class BankConfig:
 
     @property
     def slots(self) -> int:
-        """Slots of a row, staging included."""
+        """Slots of a row."""
+        return self.most_read + 2
+
+    @property
+    def most_read(self) -> int:
+        """Slots that one frame reads at most: of what was found and what is on trial one, and no staging."""
         return 1 + self.recent_slots + self.long_term_slots + self.correction_slots + 1
+
+    @property
+    def found_slot(self) -> int:
+        """Where the object was found elsewhere last, see `MemoryBank.begin_trial`."""
+        return self.slots - 3
+
+    @property
+    def trial_slot(self) -> int:
+        """What may be the object."""
+        return self.slots - 2
 
     @property
     def staging_slot(self) -> int:
@@ -120,6 +137,20 @@ class Ring:
     def discard_from(self, time: float) -> None:
         """Empty what was written at `time` or later."""
         self.times = {slot: written for slot, written in self.times.items() if written < time}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sighting:
+    """Of an object that was away, on a frame where its memory had not found it.
+
+    Args:
+        time_s: presentation time, and `frame`, the bank's count.
+        area: pixels of the mask at its own resolution.
+    """
+
+    time_s: float
+    frame: int
+    area: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +206,8 @@ class MemoryBank:
         self.absent_slot: int | None = None
         self.absent_s = 0.0
         self.area = 0.0
-        self._found_slot: int | None = None
+        self.found: Sighting | None = None
+        self.trial: Sighting | None = None
         self._conditioning_frame = 0
         self._conditioning_summary: Float32Array | None = None
         self._recent_pointers = Ring(first=CONDITIONING_POINTERS, size=RECENT_POINTERS)
@@ -193,17 +225,25 @@ class MemoryBank:
 
     @property
     def told_slot(self) -> int:
-        """Slot of the frame on which a person said last what the object is.
+        """Slot of the frame that tells last what the object is, by a person's word or by its looks.
 
         A frame that a person corrected tells better what the object is than the one it began on. With slot 0
         instead a drifted object drifts again at once: J&F 55 after a correction, 83 with this.
         """
+        if self._sighting_slot is not None:
+            return self._sighting_slot
         return next(reversed(self.corrections.times), 0)
+
+    @property
+    def _sighting_slot(self) -> int | None:
+        if self.trial is not None:
+            return self.config.trial_slot
+        return None if self.found is None else self.config.found_slot
 
     @property
     def lasting_slots(self) -> list[int]:
         """Slots of pictures that tell for long what the object is, the one told last first."""
-        return list(dict.fromkeys([self.told_slot, *self.long_term.filled(), 0]))
+        return list(dict.fromkeys([self.told_slot, *self.long_term.filled(), *self.corrections.filled(), 0]))
 
     def reads(self) -> SlotReads:
         """What the current frame attends to.
@@ -214,6 +254,9 @@ class MemoryBank:
         assert self.is_conditioned, "an object is tracked only after its first prompt"
         recent = self.recent.filled()
         long_term, corrections = self.long_term.filled(), self.corrections.filled()
+        sighting, seen = self.trial or self.found, self._sighting_slot
+        if seen is not None:
+            corrections = [*corrections, seen]
         times = [
             self.conditioning_time,
             *range(len(recent) - 1, -1, -1),
@@ -221,8 +264,15 @@ class MemoryBank:
             *[self.correction_time] * len(corrections),
         ]
         told = self.told_slot
-        pointers = [0, *self._recent_pointers.filled()]
-        written = [self._conditioning_frame, *(self._pointer_frames[slot] for slot in pointers[1:])]
+        latest = self._recent_pointers.filled()
+        pointers, written = [0], [self._conditioning_frame]
+        if sighting is not None:
+            # In the place of the oldest, so that no frame reads more of them than others.
+            latest = latest[-(RECENT_POINTERS - 1) :]
+            pointers.append(FOUND_POINTER if self.trial is None else TRIAL_POINTER)
+            written.append(sighting.frame)
+        pointers += latest
+        written += [self._pointer_frames[slot] for slot in latest]
         ages = [self.frame - frame for frame in written]
         return SlotReads(
             slots=[0, *recent, *long_term, *corrections],
@@ -234,7 +284,7 @@ class MemoryBank:
             # While the object is away the prompted picture counts alone. A picture of its absence holds
             # against it whatever comes back from another side (four sets of LongSim dev: J&F 70 instead of
             # 66 on frames that show the object).
-            prototypes=(told, self.latest_slot if self.absent_slot is None else told),
+            prototypes=(told, self.latest_slot if self.absent_slot is None and self.trial is None else told),
         )
 
     def condition(self, summary: Float32Array, area: int) -> int:
@@ -249,28 +299,37 @@ class MemoryBank:
         return 0
 
     def correct(self, area: int, time_s: float) -> int:
-        """Slot for a frame that was corrected by a prompt."""
+        """Slot for a frame that was corrected by a prompt; what was found without a person counts no more."""
+        self.found = self.trial = None
         self.area = float(area)
         self.absent_slot = None
         self.latest_slot = self.corrections.next_slot(time_s)
-        if self._found_slot == self.latest_slot:
-            self._found_slot = None
         return self.latest_slot
 
-    def find(self, area: int, time_s: float) -> int:
-        """Slot for a frame on which the object was found elsewhere, see `Tracker._search`.
+    def begin_trial(self, area: int, time_s: float) -> Place:
+        """Place for a frame on which the object may be, see `Tracker._search`.
 
-        From another side it is unlike all that is remembered, as after a correction: one recent memory among
-        many did not hold it (four sets of LongSim dev: J&F 69 instead of 75 on frames that show the object).
-        But there is only one at a time, lest it take the place of what a person said.
+        It is read as a correction is, beside all others, until it is kept or dropped: seen from another side
+        an object is unlike all that is remembered, and one recent memory among many did not hold it (four
+        sets of LongSim dev: J&F 69 instead of 75 on frames that show the object).
         """
-        if self._found_slot is not None:
-            self.corrections.times.pop(self._found_slot, None)
-        self._found_slot = self.correct(area, time_s)
-        return self._found_slot
+        self.trial = Sighting(time_s=time_s, frame=self.frame, area=area)
+        return Place(self.row, self.config.trial_slot, TRIAL_POINTER, is_rounded=False)
+
+    def keep_trial(self) -> None:
+        """What was on trial is the object."""
+        assert self.trial is not None, "nothing is on trial"
+        self.found, self.trial = self.trial, None
+        self.pool.copy_slot(self.row, self.config.trial_slot, self.config.found_slot)
+        self.pool.copy_pointer(self.row, TRIAL_POINTER, FOUND_POINTER)
+        self.area, self.latest_slot, self.absent_slot = float(self.found.area), self.config.found_slot, None
+
+    def drop_trial(self) -> None:
+        """What was on trial is not the object; all else is as it was before."""
+        self.trial = None
 
     def roll_back(self, time_s: float, frame: int | None) -> None:
-        """Forget what was remembered at `time_s` or later; the conditioning frame stays.
+        """Forget what was remembered at `time_s` or later; the conditioning frame and what is on trial stay.
 
         Args:
             time_s: presentation time of the frame that turned out wrong.
@@ -280,6 +339,8 @@ class MemoryBank:
         assert self._conditioning_summary is not None
         for ring in (self.recent, self.long_term, self.corrections, self._recent_pointers):
             ring.discard_from(time_s)
+        if self.found is not None and self.found.time_s >= time_s:
+            self.found = None
         kept_frames = [self._pointer_frames[slot] for slot in self._recent_pointers.filled()]
         self.frame = max([self._conditioning_frame, *kept_frames]) + 1 if frame is None else frame
         self._members = {slot: self._members[slot] for slot in self.long_term.filled()}

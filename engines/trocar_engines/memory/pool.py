@@ -21,6 +21,8 @@ IntArray = npt.NDArray[np.int64]
 
 CONDITIONING_POINTERS = 3
 RECENT_POINTERS = 15
+FOUND_POINTER, TRIAL_POINTER = 1, 2
+"""Of the conditioning frames' places only the first is needed, for an object begins on one frame."""
 POINTERS = CONDITIONING_POINTERS + RECENT_POINTERS
 """Object pointers of a row: SAM 2 attends to the conditioning frames' and to 15 recent ones."""
 WIDEST_NUMBER = 8
@@ -113,6 +115,10 @@ class MemoryPool:
         """Copy a slot of a row over another one."""
         self.spatial[row, target] = self.spatial[row, source]
         self.prototypes[row, target] = self.prototypes[row, source]
+
+    def copy_pointer(self, row: int, source: int, target: int) -> None:
+        """Copy an object pointer of a row over another one."""
+        self.pointers[row, target] = self.pointers[row, source]
 
     def gather(self, rows: list[int], reads: list["SlotReads"]) -> tuple[MemoryView, Tensor]:
         """The memory of several objects as one batch, empty places hidden by a bias.
