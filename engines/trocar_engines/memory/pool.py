@@ -197,8 +197,9 @@ class SlotReads:
     Args:
         slots: indices of filled slots, and `times`, their rows of the temporal embedding.
         pointers: indices of filled pointers, and `pointer_ages` in frames.
-        prototypes: `READOUT_SLOTS` slots that the affinity readout compares with: the frame prompted last
-            and the latest frame that showed the object or, while it is away, that did not.
+        prototypes: `READOUT_SLOTS` slots that the affinity readout compares with: the frame that told last
+            what the object is (`MemoryBank.told_slot`), and the latest one that showed it or, while it is
+            away, the former again.
     """
 
     __slots__ = ("pointer_ages", "pointers", "prototypes", "slots", "times")

@@ -1104,7 +1104,9 @@ class StageTimes(_message.Message):
     encode_masklets_ns: _builtins.int
     """Masks to wire format."""
     write_memory_ns: _builtins.int
-    """Memory encoder, of the frame before this one, since it follows the reply."""
+    """Memory encoder, looks at objects and search for those that are away, of the frame before this one, since
+    they follow the reply.
+    """
     def __init__(
         self,
         *,
