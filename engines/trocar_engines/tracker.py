@@ -73,9 +73,11 @@ else may have taken its place: an object changes little from look to look (LongS
 below 0.62), a mask that slips onto a neighbour as its object leaves does so all at once (9 of 13 below 0.66).
 When it was chosen it made 67.4 of 61.2 J&F on all frames there, 72.1 of 71.5 on those with the object."""
 LAST_LOOKS = 3
+WHOLE_SHARE = 0.4
+"""Of the area an object had of late. A smaller mask shows too little: of a look-alike not what marks it."""
 TAKEN_SHARE = 0.5
 """A mask of which so much lies on other objects is one of them."""
-TRIAL_IOU = 0.3
+TRIAL_IOU = 0.4
 """Predicted IoU that is asked of what is on trial: from another side masks are better than they are sure."""
 ENOUGH_VIEWS = 12
 """Views from which on a change is news: an object of which few are known shows new ones."""
@@ -635,8 +637,11 @@ class Tracker:
         known = bank.lasting_slots[tracked.search.glances % len(bank.lasting_slots)]
         prototypes = self.pool.prototypes[bank.row, known].expand(1, READOUT_SLOTS, -1, -1)
         affinity = self.runtime.read_affinity(frame.features.keys, prototypes)[0, 0].numpy()
+        assert row.read is not None, "known once the row is read back"
         taken = _taken(row, rows)
-        point = tracked.search.choose_point(affinity, taken, frame.time_s)
+        # Nor where its memory finds something else; but that may reach over to the object.
+        doubted = row.read.mask_logits > 0 if row.found_area else np.zeros_like(taken)
+        point = tracked.search.choose_point(affinity, taken | doubted, frame.time_s)
         if point is None:
             return
         at = (point[0] * frame.width_px, point[1] * frame.height_px)
@@ -656,7 +661,8 @@ class Tracker:
     def _is_like(self, row: _Row, read: "_Readback") -> bool:
         """Whether what a glance found is surely like the object."""
         assert row.pixels is not None
-        if read.found_area < LEAST_AREA or read.predicted_iou < self.config.return_iou:
+        least = max(LEAST_AREA, WHOLE_SHARE * row.tracked.bank.area)
+        if read.found_area < least or read.predicted_iou < self.config.return_iou:
             return False
         device = self.runtime.device
         (mask_logits,) = upload(device, main_parts(read.mask_logits)[None])
@@ -1080,15 +1086,16 @@ def _is_searched(row: _Row, return_iou: float) -> bool:
 
 
 def _taken(row: _Row, rows: list[_Row]) -> BoolArray:
-    """Where an object that is away cannot be, bool [h, w]: what is found is another thing, or is doubted."""
+    """Where an object that is away cannot be, bool [h, w]: where others of its stream are or may be."""
     masks = [
         each.read.mask_logits > 0
         for each in rows
         if each.read is not None
         and each.found_area
+        and each is not row
         and each.stream is row.stream
         and each.frame is row.frame
-        and (each is row or each.tracked.is_certain or each.tracked.search.trial is not None)
+        and (each.tracked.is_certain or each.tracked.search.trial is not None)
     ]
     assert row.read is not None, "known once the row is read back"
     taken = np.zeros(row.read.mask_logits.shape, np.bool_)
