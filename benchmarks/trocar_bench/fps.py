@@ -261,7 +261,8 @@ class Bench:
 
     def _engine_options(self, *, memory: str = "") -> EngineOptions:
         engine, limits = self._request.engine, self._request.limits
-        most_streams, most_objects = max(self._request.streams), max(self._request.objects)
+        # With limits it is searched how many streams there can be.
+        most_streams = 0 if limits else max(self._request.streams)
         return EngineOptions(
             model=engine.model,
             memory=engine.memory or memory,
@@ -271,7 +272,7 @@ class Bench:
             is_compiled=engine.is_compiled,
             max_streams=self._most_streams(min(self._request.objects)) if limits else most_streams,
             # A GPU's graphs are made for as many, and every size more takes seconds to minutes.
-            max_objects=MOST_OBJECTS if limits else most_streams * most_objects,
+            max_objects=MOST_OBJECTS if limits else most_streams * max(self._request.objects),
         )
 
     def _engine_alone(self, *, memory: str = "") -> EngineOptions:
