@@ -261,8 +261,12 @@ class Bench:
 
     def _engine_options(self, *, memory: str = "") -> EngineOptions:
         engine, limits = self._request.engine, self._request.limits
-        # With limits it is searched how many streams there can be.
-        most_streams = 0 if limits else max(self._request.streams)
+        # A GPU's graphs are made for as many, and every size more takes seconds to minutes.
+        if limits:
+            most_streams, most_objects = self._most_streams(min(self._request.objects)), MOST_OBJECTS
+        else:
+            most_streams = max(self._request.streams)
+            most_objects = most_streams * max(self._request.objects)
         return EngineOptions(
             model=engine.model,
             memory=engine.memory or memory,
@@ -270,9 +274,8 @@ class Bench:
             weights=self._weights if self._weights_name == "random" else engine.weights,
             threads=engine.threads,
             is_compiled=engine.is_compiled,
-            max_streams=self._most_streams(min(self._request.objects)) if limits else most_streams,
-            # A GPU's graphs are made for as many, and every size more takes seconds to minutes.
-            max_objects=MOST_OBJECTS if limits else most_streams * max(self._request.objects),
+            max_streams=most_streams,
+            max_objects=most_objects,
         )
 
     def _engine_alone(self, *, memory: str = "") -> EngineOptions:

@@ -26,8 +26,12 @@ AROUND = 2
 """A glance also covers so many points to each side of its click, of the map it was chosen from."""
 LARGEST_SHARE = 0.25
 """Of the picture. A larger mask is the background, and covers its click alone."""
-TRIAL_S, LEAST_TRIAL_FRAMES, MOST_TRIAL_FRAMES = 0.7, 3, 100
+TRIAL_S = 0.7
 """What a glance found is followed so long, unseen by anyone, until the looks at it have told what it is."""
+LEAST_TRIAL_FRAMES = 3
+"""A trial takes more: a look, and a frame to act on it, of a source of a picture a second."""
+MOST_TRIAL_FRAMES = 100
+"""And no more, where a clock stands still."""
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
@@ -70,7 +74,7 @@ class Search:
 
         Args:
             affinity: float32 [h, w], how much each point is like the object.
-            taken: bool [m·h, m·w], the masks of other objects.
+            taken: bool [m·h, m·w], where it is not looked for, such as the masks of other objects.
             time_s: of the picture.
         """
         self.glanced_at_s, self.glances = time_s, self.glances + 1

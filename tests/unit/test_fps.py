@@ -607,6 +607,17 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return told
 
 
+def test_engines_are_made_for_as_many_objects_as_are_measured() -> None:
+    asked: list[EngineOptions] = []
+
+    def start(options: EngineOptions) -> FakeScheduler:
+        asked.append(options)
+        return start_fake(options)
+
+    assert run(*SMALL, "--mode", "engine", "--objects", "1,3", "--streams", "2", start_scheduler=start) == 0
+    assert [(options.max_streams, options.max_objects) for options in asked] == [(2, 6)]
+
+
 def test_unpaced_engine_and_service_with_objects(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SMALL, "--objects", "1,2") == 0
     told = last_line(capsys)
