@@ -28,6 +28,8 @@ BILL = Path(__file__).with_name("sbom.cdx.json")
 EXTRAS = ("tracing",)
 BUILD_TOOLS = ("hatchling", "setuptools", "wheel")
 """Installed like the rest, so that nothing is fetched unseen while something is built."""
+LEFT_OUT = ("openvino-telemetry",)
+"""Packages that others ask for and work without: this one would report to Google Analytics."""
 HEADER = """\
 # Written by deploy/lock.py for Python 3.11 on Linux, x86-64: do not edit.
 # torch is the CPU build, which PyTorch publishes on an index of its own.
@@ -50,6 +52,8 @@ def find_versions(requirements: list[Requirement]) -> dict[str, str]:
     while waiting:
         requirement = waiting.pop()
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if requirement.name in LEFT_OUT:
             continue
         installed = distribution(requirement.name)
         if not requirement.specifier.contains(installed.version, prereleases=True):

@@ -3,7 +3,8 @@
 Two ceilings, measured in the same process as the runs, since a data sheet knows nothing of the clocks, the
 cooling and the neighbours of this machine:
 
-- arithmetic: the rate of a large matrix product, in fp32, on a GPU also in fp16;
+- arithmetic: the rate of a large matrix product, in fp32, on a GPU also in fp16, on a CPU that has bf16
+  also in that;
 - bandwidth: the rate of copying a tensor far larger than any cache, bytes read plus bytes written.
 
 What a stage asks is counted, not measured: `FlopCounterMode` adds up the multiplications and additions of
@@ -30,6 +31,7 @@ from trocar_engines.memory.pool import RECENT_POINTERS, MemoryPool
 from trocar_engines.network.config import NetworkConfig
 from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import SAM2S, ImageFeatures, MemoryView
+from trocar_engines.runtime.openvino import PICTURES, OpenVinoRuntime, has_bfloat16
 
 MATRIX_SIZES = {"cpu": (384, 1_536), "cuda": (4_096, 8_192)}
 """Sides of the square matrices, of which the better one counts: a large one keeps many threads busy, a small
@@ -51,6 +53,7 @@ class Ceilings:
         threads: that the CPU's ceilings were measured with, one a core; a server takes one less.
         fp32_gflops: 10^9 floating point operations a second of a matrix product; on a GPU without TF32.
         fp16_gflops: the same in half precision; None on a CPU.
+        bf16_gflops: the same in bfloat16; None on a GPU, and on a CPU without it.
         copy_gb_s: 10^9 bytes a second, read plus written.
     """
 
@@ -58,11 +61,13 @@ class Ceilings:
     threads: int
     fp32_gflops: float
     fp16_gflops: float | None
+    bf16_gflops: float | None
     copy_gb_s: float
 
-    @property
-    def gflops(self) -> float:
-        """The ceiling that shares refer to: half precision where the device has it."""
+    def gflops(self, runtime: str, stage: str) -> float:
+        """The ceiling of a stage in the precision that a runtime runs it in."""
+        if (runtime, stage) == (OpenVinoRuntime.name, PICTURES) and self.bf16_gflops:
+            return self.bf16_gflops
         return self.fp16_gflops or self.fp32_gflops
 
 
@@ -81,6 +86,9 @@ def measure_ceilings(device: str, threads: int) -> Ceilings:
             threads=threads,
             fp32_gflops=_measure_product(device, torch.float32),
             fp16_gflops=_measure_product(device, torch.float16) if device == "cuda" else None,
+            bf16_gflops=_measure_product(device, torch.bfloat16)
+            if device == "cpu" and has_bfloat16()
+            else None,
             copy_gb_s=_measure_copy(device),
         )
     finally:
@@ -89,12 +97,19 @@ def measure_ceilings(device: str, threads: int) -> Ceilings:
 
 def keep_best(before: Ceilings, after: Ceilings) -> Ceilings:
     """The higher of two measurements: whatever held one of them back was not the device."""
-    fp16 = [one.fp16_gflops for one in (before, after) if one.fp16_gflops is not None]
+    fp16, bf16 = (
+        max((rate for rate in rates if rate is not None), default=None)
+        for rates in (
+            (before.fp16_gflops, after.fp16_gflops),
+            (before.bf16_gflops, after.bf16_gflops),
+        )
+    )
     return Ceilings(
         device=before.device,
         threads=before.threads,
         fp32_gflops=max(before.fp32_gflops, after.fp32_gflops),
-        fp16_gflops=max(fp16, default=None),
+        fp16_gflops=fp16,
+        bf16_gflops=bf16,
         copy_gb_s=max(before.copy_gb_s, after.copy_gb_s),
     )
 

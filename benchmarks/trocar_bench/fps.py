@@ -115,9 +115,10 @@ from trocar_engines.network.config import NETWORKS
 from trocar_engines.preprocess import resize_to_model
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.onnx import OnnxRuntime
+from trocar_engines.runtime.openvino import OpenVinoRuntime
 from trocar_engines.scheduler import DEFAULT_MEMORY
 
-CPU_RUNTIMES = (OnnxRuntime.name, EagerRuntime.name)
+CPU_RUNTIMES = (OpenVinoRuntime.name, OnnxRuntime.name, EagerRuntime.name)
 MeasureCeilings = Callable[[str, int], Ceilings]
 
 
@@ -374,6 +375,9 @@ class Bench:
 
     def _run_reference(self) -> Iterator[RunReport]:
         options = self._engine_alone(memory=MemoryPolicy.VANILLA.value)
+        if options.runtime == "auto" and not torch.cuda.is_available():
+            # The predictor computes in float32 there.
+            options = dataclasses.replace(options, runtime=OnnxRuntime.name)
         with closing(self._parts.start_scheduler(options)) as scheduler:
             scheduler.warm_up()
             model, memory = scheduler.default_model, scheduler.default_memory

@@ -125,11 +125,12 @@ class Shares:
     bandwidth: float
 
 
-def find_shares(cost: StageCost, seconds: float, ceilings: Ceilings) -> Shares:
-    """Share of the ceilings that work reaches which takes so long."""
+def find_shares(costs: Mapping[str, StageCost], runtime: str, seconds: float, ceilings: Ceilings) -> Shares:
+    """Share of the ceilings that stages reach which take so long together."""
     return Shares(
-        arithmetic=cost.gflop / seconds / ceilings.gflops,
-        bandwidth=cost.mb / 1e3 / seconds / ceilings.copy_gb_s,
+        arithmetic=sum(cost.gflop / ceilings.gflops(runtime, stage) for stage, cost in costs.items())
+        / seconds,
+        bandwidth=sum(cost.mb for cost in costs.values()) / 1e3 / seconds / ceilings.copy_gb_s,
     )
 
 
@@ -137,9 +138,7 @@ def find_run_shares(report: RunReport, ceilings: Ceilings) -> Shares | None:
     """Share of the ceilings that a whole run reaches; None where the network's work is not known."""
     if not report.costs or not report.figures.fps:
         return None
-    costs = report.costs.values()
-    frame = StageCost(gflop=sum(cost.gflop for cost in costs), mb=sum(cost.mb for cost in costs))
-    return find_shares(frame, 1 / report.figures.fps, ceilings)
+    return find_shares(report.costs, report.runtime, 1 / report.figures.fps, ceilings)
 
 
 def find_stage_shares(report: RunReport, ceilings: Ceilings) -> dict[str, Shares]:
@@ -148,7 +147,7 @@ def find_stage_shares(report: RunReport, ceilings: Ceilings) -> dict[str, Shares
         return {}
     medians = {stage: times.p50 for stage, times in report.figures.stages_ms.items()}
     return {
-        stage: find_shares(cost, medians[stage] / 1e3, ceilings)
+        stage: find_shares({stage: cost}, report.runtime, medians[stage] / 1e3, ceilings)
         for stage, cost in report.costs.items()
         if medians.get(stage)
     }
@@ -250,7 +249,11 @@ def describe_start(start: ServerStart) -> str:
 
 def _describe_ceilings(ceilings: Ceilings) -> str:
     where = _count(ceilings.threads, "thread") if ceilings.device == "cpu" else ceilings.device
-    half = f", fp16 {ceilings.fp16_gflops:.0f} GFLOP/s" if ceilings.fp16_gflops else ""
+    half = "".join(
+        f", {name} {rate:.0f} GFLOP/s"
+        for name, rate in (("fp16", ceilings.fp16_gflops), ("bf16", ceilings.bf16_gflops))
+        if rate
+    )
     return (
         f"ceilings ({where}): fp32 {ceilings.fp32_gflops:.1f} GFLOP/s{half}, "
         f"copy {ceilings.copy_gb_s:.1f} GB/s"
@@ -573,8 +576,8 @@ def find_commit() -> str | None:
 
 def find_versions() -> dict[str, str]:
     """What the figures depend on."""
-    packages = {name: version(name) for name in ("torch", "onnxruntime", "sam2", "grpcio", "av", "trocar")}
-    return {"python": platform.python_version(), **packages}
+    packages = ("torch", "openvino", "onnxruntime", "sam2", "grpcio", "av", "trocar")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def find_hardware(gpu: GpuMeter) -> dict[str, object]:

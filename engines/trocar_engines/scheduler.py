@@ -33,9 +33,10 @@ from trocar_engines.plans import device_shapes, load_gpu_runtime
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
 from trocar_engines.runtime.onnx import OnnxRuntime
+from trocar_engines.runtime.openvino import OpenVinoRuntime, has_bfloat16
 from trocar_engines.tracker import StreamState, Tracker, TrackerConfig
 
-RUNTIMES = ("auto", "onnx", "eager", "cuda", "tensorrt")
+RUNTIMES = ("auto", "openvino", "onnx", "eager", "cuda", "tensorrt")
 QUEUE_CAPACITY = 4
 """Pictures that may wait on a stream on which nothing is dropped; more is the caller's mistake."""
 WARM_UP_FRAMES = 3
@@ -54,7 +55,7 @@ class SchedulerConfig:
     Args:
         model: the default model; others are loaded when a stream asks for them.
         runtime: one of `RUNTIMES`. "auto" takes a GPU where there is one, with those TensorRT plans that
-            proved faster than captured graphs; else ONNX Runtime on the CPU.
+            proved faster than captured graphs; else OpenVINO on a CPU with bfloat16; else ONNX Runtime.
         memory: default memory policy.
         max_streams: streams at once.
         max_objects: objects of all streams together, per model.
@@ -540,11 +541,15 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
     largest = max(banks, key=lambda bank: bank.slots)
     threads = config.threads or cpu_threads()
     set_torch_threads(threads)
+    choice = config.runtime
+    if choice == "auto" and not torch.cuda.is_available():
+        choice = "openvino" if has_bfloat16() else "onnx"
     runtime: Runtime
-    if config.runtime == "eager":
+    if choice == "eager":
         runtime = EagerRuntime(network)
-    elif config.runtime == "onnx" or (config.runtime == "auto" and not torch.cuda.is_available()):
-        runtime = OnnxRuntime(
+    elif choice in ("openvino", "onnx"):
+        open_runtime = OpenVinoRuntime if choice == "openvino" else OnnxRuntime
+        runtime = open_runtime(
             network,
             cache=config.cache,
             threads=threads,
@@ -555,7 +560,7 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
             name,
             network,
             device_shapes(banks, pictures=config.max_streams, rows=config.max_objects),
-            choice=config.runtime,
+            choice=choice,
             is_compiled=config.is_compiled,
             cache=config.cache,
             on_progress=on_progress,

@@ -1,5 +1,7 @@
 """Every runtime against eager, stage by stage, on a network whose outputs are not vacuous."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from trocar_engines.network.sam2s import HIDDEN_BIAS, ImageFeatures, MemoryView,
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
 from trocar_engines.runtime.onnx import OnnxRuntime
+from trocar_engines.runtime.openvino import OpenVinoRuntime
 from trocar_engines.tracker import Tracker, TrackerConfig
 
 # The same float32 arithmetic with operators fused and sums reordered.
 TOLERANCE = 1e-4
+BFLOAT16_ERROR = 0.02
+"""Root mean square, relative: eight bits of mantissa through some dozen layers."""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,41 @@ def test_onnx_agrees_with_eager_at_every_size(
         torch.testing.assert_close(value, expected[name], atol=TOLERANCE, rtol=TOLERANCE, msg=name)
     for name in ("tracked mask_logits", "prompted mask_logits", "conditioned"):
         assert expected[name].std() > 1e-3, f"{name} is constant: this comparison proves nothing"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_openvino_encodes_pictures_as_exactly_as_bfloat16_can(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    # Where there is no bfloat16 OpenVINO computes in float32, and all else is as it would be.
+    monkeypatch.setattr("trocar_engines.runtime.openvino.has_bfloat16", lambda: True)
+    runtime = OpenVinoRuntime(lively_network(), cache=cache, threads=2)
+    expected = dict(run_stages(EagerRuntime(lively_network()), rows, 4, 1))
+    for name, value in run_stages(runtime, rows, 4, 1):
+        if name in ImageFeatures._fields:
+            error = (value - expected[name]).norm() / expected[name].norm()
+            assert error < BFLOAT16_ERROR, name
+            assert value.dtype == torch.float32
+        else:
+            torch.testing.assert_close(value, expected[name], atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+    pixels = torch.randint(0, 256, (2, *2 * (TINY.input_size_px,), 3), dtype=torch.uint8)
+    first, kept = runtime.encode_image(pixels[:1]), runtime.encode_image(pixels[:1]).embedding.clone()
+    runtime.encode_image(pixels[1:])
+    torch.testing.assert_close(first.embedding, kept, msg="the next picture was written over it")
+
+
+def test_openvino_tells_nobody_that_it_was_imported() -> None:
+    # In a process of its own: a module is imported once. What would send is openvino_telemetry.
+    asked = (
+        "import sys\n"
+        "from trocar_engines.runtime.openvino import has_bfloat16\n"
+        "has_bfloat16()\n"
+        "print(*(name for name, module in sys.modules.items() if module))"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "openvino" in loaded
+    assert not [name for name in loaded if name.startswith("openvino_telemetry")]
 
 
 def test_engines_are_exported_once(cache: Path, exported: OnnxRuntime) -> None:

@@ -8,6 +8,7 @@ from networks import TINY
 from trocar_bench.ceilings import Ceilings, count_costs, keep_best, measure_ceilings
 from trocar_engines.memory.bank import BankConfig
 from trocar_engines.network.config import network_config
+from trocar_engines.runtime.openvino import has_bfloat16
 
 VANILLA = BankConfig(long_term_slots=0)
 
@@ -15,17 +16,24 @@ VANILLA = BankConfig(long_term_slots=0)
 def test_cpu_has_ceilings_within_reason() -> None:
     ceilings = measure_ceilings("cpu", 1)
     assert ceilings.fp16_gflops is None
-    assert ceilings.gflops == ceilings.fp32_gflops
+    assert ceilings.gflops("onnx", "encode_image") == ceilings.fp32_gflops
+    assert (ceilings.bf16_gflops is None) != has_bfloat16()
     assert 0.1 < ceilings.fp32_gflops < 10_000
     assert 0.1 < ceilings.copy_gb_s < 10_000
 
 
 def test_higher_of_two_measurements_is_the_ceiling() -> None:
-    quiet = Ceilings(device="cuda", threads=1, fp32_gflops=5, fp16_gflops=80, copy_gb_s=1)
-    busy = Ceilings(device="cuda", threads=1, fp32_gflops=4, fp16_gflops=90, copy_gb_s=2)
+    quiet = Ceilings(device="cuda", threads=1, fp32_gflops=5, fp16_gflops=80, bf16_gflops=None, copy_gb_s=1)
+    busy = Ceilings(device="cuda", threads=1, fp32_gflops=4, fp16_gflops=90, bf16_gflops=None, copy_gb_s=2)
     best = keep_best(quiet, busy)
     assert (best.fp32_gflops, best.fp16_gflops, best.copy_gb_s) == (5, 90, 2)
-    assert best.gflops == 90, "half precision is what a GPU is used with"
+    assert best.gflops("cuda", "encode_image") == 90, "half precision is what a GPU is used with"
+
+
+def test_only_pictures_are_encoded_in_bfloat16() -> None:
+    zen = Ceilings(device="cpu", threads=1, fp32_gflops=5, fp16_gflops=None, bf16_gflops=9, copy_gb_s=1)
+    assert [zen.gflops("openvino", stage) for stage in ("encode_image", "attend_memory")] == [9, 5]
+    assert zen.gflops("onnx", "encode_image") == 5
 
 
 def test_costs_of_sam2_tiny_are_those_measured_before() -> None:

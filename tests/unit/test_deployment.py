@@ -89,6 +89,12 @@ def test_every_locked_package_has_a_hash() -> None:
             assert re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
 
 
+def test_image_has_no_package_that_reports_elsewhere() -> None:
+    locked = (DEPLOY / "requirements-cpu.txt").read_text()
+    assert "\nopenvino==" in locked
+    assert "openvino-telemetry" not in locked
+
+
 def test_bill_of_materials_names_every_locked_package() -> None:
     components = json.loads((DEPLOY / "sbom.cdx.json").read_text())["components"]
     named = {(one["name"].lower().replace("_", "-"), one["version"]) for one in components}

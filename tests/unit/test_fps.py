@@ -372,7 +372,7 @@ def test_runs_that_dropped_frames_have_no_slope() -> None:
     assert find_slopes(reports) == []
 
 
-CEILINGS = Ceilings(device="cpu", threads=1, fp32_gflops=50, fp16_gflops=None, copy_gb_s=10)
+CEILINGS = Ceilings(device="cpu", threads=1, fp32_gflops=50, fp16_gflops=None, bf16_gflops=100, copy_gb_s=10)
 
 
 def report(figures: Figures, *, objects: int = 1, streams: int = 1) -> RunReport:
@@ -392,6 +392,11 @@ def test_share_of_the_ceilings_follows_from_rate_and_cost() -> None:
     assert list(stages) == ["encode_image"], "the other one was not timed"
     assert stages["encode_image"].arithmetic == pytest.approx(0.4), "0.02 GFLOP in 1 ms"
     assert stages["encode_image"].bandwidth == pytest.approx(0.3)
+    halved = dataclasses.replace(one, runtime="openvino")
+    shares = find_run_shares(halved, CEILINGS)
+    assert shares is not None, "0.02 GFLOP of it in bfloat16, twice as quick at most"
+    assert shares.arithmetic == pytest.approx(0.18)
+    assert find_stage_shares(halved, CEILINGS)["encode_image"].arithmetic == pytest.approx(0.2)
 
 
 def test_share_beyond_a_ceiling_is_doubted() -> None:
@@ -622,7 +627,8 @@ def test_unpaced_engine_and_service_with_objects(capsys: pytest.CaptureFixture[s
     assert run(*SMALL, "--objects", "1,2") == 0
     told = last_line(capsys)
     assert told["resolution"] == "96x64"
-    assert set(told["versions"]) == {"python", "torch", "onnxruntime", "sam2", "grpcio", "av", "trocar"}
+    packages = {"torch", "openvino", "onnxruntime", "sam2", "grpcio", "av", "trocar"}
+    assert set(told["versions"]) == {"python", *packages}
     assert told["ceilings"]["fp32_gflops"] == 50
     assert told["weights"].endswith("sam2s-nano.safetensors")
     assert [(one["mode"], one["objects"]) for one in told["runs"]] == [

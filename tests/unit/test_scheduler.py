@@ -1,6 +1,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,26 @@ def test_runtime_that_this_machine_lacks_is_refused_with_a_remedy(weights: Path,
         Scheduler(SchedulerConfig(runtime=runtime, weights=weights))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("has_bfloat16", "runtime"), [(True, "openvino"), (False, "onnx")])
+def test_pictures_are_encoded_in_bfloat16_where_the_cpu_can(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, runtime: str
+) -> None:
+    for user in ("scheduler", "runtime.openvino"):
+        monkeypatch.setattr(f"trocar_engines.{user}.has_bfloat16", lambda: has_bfloat16)
+    config = SchedulerConfig(weights=weights, cache=tmp_path, max_objects=2)
+    with closing(Scheduler(config)) as scheduler:
+        assert scheduler.model_card(scheduler.default_model).runtime == runtime
+
+
+def test_openvino_without_bfloat16_is_refused_with_a_remedy(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trocar_engines.runtime.openvino.has_bfloat16", lambda: False)
+    with pytest.raises(RuntimeUnavailableError, match=r"no arithmetic in bfloat16.*--runtime onnx"):
+        Scheduler(SchedulerConfig(runtime="openvino", weights=weights))
+
+
 def test_card_names_the_runtime_that_runs(scheduler: Scheduler) -> None:
     assert scheduler.model_card(scheduler.default_model).runtime == "eager"
 
@@ -214,7 +235,7 @@ def test_card_names_the_runtime_that_runs(scheduler: Scheduler) -> None:
     [
         ({"model": "sam3"}, UnknownModelError, "expected one of sam2s-nano"),
         ({"model": "sam2.1-hiera-tiny"}, CheckpointError, "no weights are installed"),
-        ({"runtime": "magic"}, UnknownModelError, "expected one of auto, onnx, eager"),
+        ({"runtime": "magic"}, UnknownModelError, "expected one of auto, openvino, onnx, eager"),
         ({"weights": Path("missing.safetensors")}, CheckpointError, "no such file"),
     ],
 )

@@ -1,6 +1,6 @@
-"""ONNX Runtime on the CPU: the default where there is no GPU."""
+"""ONNX Runtime on the CPU, in float32: the default where there is neither a GPU nor bfloat16."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class OnnxRuntime:
         cache: folder for exported engines.
         threads: of each session; they run one after the other.
         on_stage: called with a stage's name before it is exported, for progress.
+        elsewhere: stages that are exported and that a subclass runs.
     """
 
     name = "onnx"
@@ -38,12 +39,19 @@ class OnnxRuntime:
     device = torch.device("cpu")
 
     def __init__(
-        self, network: SAM2S, *, cache: Path, threads: int, on_stage: Callable[[str], None] = lambda _: None
+        self,
+        network: SAM2S,
+        *,
+        cache: Path,
+        threads: int,
+        on_stage: Callable[[str], None] = lambda _: None,
+        elsewhere: Sequence[str] = (),
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.config = network.config
         self._threads = threads
-        paths = export_stages(network, engine_folder(cache, network), on_stage)
+        self._paths = export_stages(network, engine_folder(cache, network), on_stage)
+        paths = {stage: path for stage, path in self._paths.items() if stage not in elsewhere}
         # Opening is optimising a graph, on one thread each: together they take as long as the largest.
         with ThreadPoolExecutor() as openers:
             opening = {stage: openers.submit(_open, path, threads) for stage, path in paths.items()}

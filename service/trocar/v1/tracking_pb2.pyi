@@ -967,7 +967,7 @@ class ModelCard(_message.Message):
     weights_hash: _builtins.str
     """SHA-256 of the weights, hexadecimal."""
     runtime: _builtins.str
-    """What runs the network: eager, onnx, ..."""
+    """What runs the network: eager, onnx, openvino, ..."""
     input_size_px: _builtins.int
     """Pictures are resized to this square before the network sees them, px."""
     @_builtins.property
