@@ -29,7 +29,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
 COPY engines engines
 COPY benchmarks benchmarks
-RUN PIP_CONSTRAINT=/src/constraints.txt pip install '.[gpu,tracing]'
+# openvino-telemetry would report to Google Analytics; the locks leave it out too.
+RUN PIP_CONSTRAINT=/src/constraints.txt pip install '.[gpu,tracing]' && pip uninstall -y openvino-telemetry
 
 FROM ${PYTHON_IMAGE} AS run
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/trocar trocar

@@ -4,7 +4,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -574,10 +574,18 @@ def find_commit() -> str | None:
         return None
 
 
-def find_versions() -> dict[str, str]:
+def find_versions() -> dict[str, str | None]:
     """What the figures depend on."""
     packages = ("torch", "openvino", "onnxruntime", "sam2", "grpcio", "av", "trocar")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _find_version(name) for name in packages}}
+
+
+def _find_version(package: str) -> str | None:
+    """None where it is not installed, as OpenVINO on a machine with a GPU."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def find_hardware(gpu: GpuMeter) -> dict[str, object]:

@@ -29,6 +29,7 @@ from trocar_engines.models import (
     model_entry,
     set_torch_threads,
 )
+from trocar_engines.network.config import ConvTrunkConfig
 from trocar_engines.plans import device_shapes, load_gpu_runtime
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
@@ -55,7 +56,8 @@ class SchedulerConfig:
     Args:
         model: the default model; others are loaded when a stream asks for them.
         runtime: one of `RUNTIMES`. "auto" takes a GPU where there is one, with those TensorRT plans that
-            proved faster than captured graphs; else OpenVINO on a CPU with bfloat16; else ONNX Runtime.
+            proved faster than captured graphs; else OpenVINO for a convolutional trunk on a CPU with
+            bfloat16; else ONNX Runtime.
         memory: default memory policy.
         max_streams: streams at once.
         max_objects: objects of all streams together, per model.
@@ -543,7 +545,9 @@ def load_model(name: str, config: SchedulerConfig, on_progress: Callable[[str], 
     set_torch_threads(threads)
     choice = config.runtime
     if choice == "auto" and not torch.cuda.is_available():
-        choice = "openvino" if has_bfloat16() else "onnx"
+        # A Hiera trunk is compiled for half a minute, and too slow for a live stream either way.
+        is_quick = isinstance(network.config.trunk, ConvTrunkConfig)
+        choice = "openvino" if is_quick and has_bfloat16() else "onnx"
     runtime: Runtime
     if choice == "eager":
         runtime = EagerRuntime(network)

@@ -119,7 +119,7 @@ The page also takes a camera, a capture card or a file of the machine that the b
 """
 ENGINES_EPILOG = """\
 examples:
-  trocar engines build --runtime openvino --model sam2.1-hiera-tiny-512
+  trocar engines build --runtime onnx --model sam2.1-hiera-tiny-512
   trocar engines build --runtime tensorrt --model sam2.1-hiera-base-plus-512 --max-objects 16
   trocar engines show
 
@@ -300,7 +300,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "openvino", "onnx", "eager", "cuda", "tensorrt"),
         help="what runs the model (default auto: a GPU where there is one; else openvino, which encodes "
-        "pictures in bfloat16, on a CPU that can; else onnx, in float32)",
+        "pictures in bfloat16, for sam2s-nano on a CPU that can; else onnx, in float32)",
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of the installed ones")
     parser.add_argument(
@@ -629,8 +629,8 @@ def _add_engines_options(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--runtime",
         required=True,
-        choices=("openvino", "onnx", "tensorrt"),
-        help="what will run the engines",
+        choices=("onnx", "tensorrt"),
+        help="what will run the engines; those of onnx are openvino's too",
     )
     build.add_argument(
         "--max-streams", type=int, default=4, help="pictures of the largest batch (default %(default)s)"
@@ -642,9 +642,8 @@ def _add_engines_options(parser: argparse.ArgumentParser) -> None:
 
 def _engines(options: argparse.Namespace) -> int:
     from trocar_engines.export import default_cache, engine_folder, export_stages
-    from trocar_engines.models import DEFAULT_MODEL, cpu_threads, load_network
+    from trocar_engines.models import DEFAULT_MODEL, load_network
     from trocar_engines.plans import build_model_plans, read_manifests
-    from trocar_engines.runtime.openvino import OpenVinoRuntime
 
     def say(text: str) -> None:
         print(f"trocar engines build: {text}", file=sys.stderr)
@@ -658,12 +657,9 @@ def _engines(options: argparse.Namespace) -> int:
             raise ConfigError(f"{flag} {number}: expected at least 1")
     model = options.model or DEFAULT_MODEL
     network = load_network(model, options.weights)
-    if options.runtime != "tensorrt":
+    if options.runtime == "onnx":
         folder = engine_folder(cache, network)
         export_stages(network, folder, lambda stage: say(f"exporting {stage}"))
-        if options.runtime == "openvino":
-            say("compiling encode_image")
-            OpenVinoRuntime(network, cache=cache, threads=cpu_threads())
         print(json.dumps({"model": model, "engines": str(folder)}))
         return 0
     manifest = build_model_plans(

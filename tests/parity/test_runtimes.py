@@ -99,8 +99,8 @@ def test_onnx_agrees_with_eager_at_every_size(
 def test_openvino_encodes_pictures_as_exactly_as_bfloat16_can(
     cache: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    # Where there is no bfloat16 OpenVINO computes in float32, and all else is as it would be.
-    monkeypatch.setattr("trocar_engines.runtime.openvino.has_bfloat16", lambda: True)
+    # Without it OpenVINO takes another precision, and all else is as it would be.
+    monkeypatch.setattr("trocar_engines.runtime.openvino._has_bfloat16", lambda library: True)
     runtime = OpenVinoRuntime(lively_network(), cache=cache, threads=2)
     expected = dict(run_stages(EagerRuntime(lively_network()), rows, 4, 1))
     for name, value in run_stages(runtime, rows, 4, 1):

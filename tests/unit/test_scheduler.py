@@ -1,3 +1,4 @@
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -211,8 +212,7 @@ def test_runtime_that_this_machine_lacks_is_refused_with_a_remedy(weights: Path,
 def test_pictures_are_encoded_in_bfloat16_where_the_cpu_can(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, runtime: str
 ) -> None:
-    for user in ("scheduler", "runtime.openvino"):
-        monkeypatch.setattr(f"trocar_engines.{user}.has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr("trocar_engines.runtime.openvino._has_bfloat16", lambda library: has_bfloat16)
     config = SchedulerConfig(weights=weights, cache=tmp_path, max_objects=2)
     with closing(Scheduler(config)) as scheduler:
         assert scheduler.model_card(scheduler.default_model).runtime == runtime
@@ -221,9 +221,20 @@ def test_pictures_are_encoded_in_bfloat16_where_the_cpu_can(
 def test_openvino_without_bfloat16_is_refused_with_a_remedy(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trocar_engines.runtime.openvino.has_bfloat16", lambda: False)
-    with pytest.raises(RuntimeUnavailableError, match=r"no arithmetic in bfloat16.*--runtime onnx"):
+    monkeypatch.setattr("trocar_engines.runtime.openvino._has_bfloat16", lambda library: False)
+    with pytest.raises(RuntimeUnavailableError, match=r"no bfloat16 on this CPU.*--runtime onnx"):
         Scheduler(SchedulerConfig(runtime="openvino", weights=weights))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_openvino_the_default_is_onnx_and_openvino_is_refused_with_a_remedy(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"OpenVINO cannot be loaded.*--runtime onnx"):
+        Scheduler(SchedulerConfig(runtime="openvino", weights=weights))
+    with closing(Scheduler(SchedulerConfig(weights=weights, cache=tmp_path, max_objects=2))) as scheduler:
+        assert scheduler.model_card(scheduler.default_model).runtime == "onnx"
 
 
 def test_card_names_the_runtime_that_runs(scheduler: Scheduler) -> None:

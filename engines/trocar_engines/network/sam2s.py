@@ -1,7 +1,7 @@
 """SAM2S: SAM 2 with diverse memory, an affinity readout and a temporal semantic head.
 
-One method per stage of a frame's way, each a pure function of its tensors with static shapes, so that eager
-PyTorch, ONNX Runtime and TensorRT run the same graph:
+One method per stage of a frame's way, each a pure function of its tensors with static shapes, so that every
+runtime executes the same graph:
 
     encode_image ─ attend_memory ─ decode_masks ─ encode_memory ─ recognise
 

@@ -1,1 +1,1 @@
-"""Runtimes that execute the network's stages: eager PyTorch and ONNX Runtime."""
+"""Runtimes that execute the network's stages: PyTorch, ONNX Runtime, OpenVINO, CUDA graphs, TensorRT."""
