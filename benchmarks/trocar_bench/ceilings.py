@@ -97,19 +97,16 @@ def measure_ceilings(device: str, threads: int) -> Ceilings:
 
 def keep_best(before: Ceilings, after: Ceilings) -> Ceilings:
     """The higher of two measurements: whatever held one of them back was not the device."""
-    fp16, bf16 = (
-        max((rate for rate in rates if rate is not None), default=None)
-        for rates in (
-            (before.fp16_gflops, after.fp16_gflops),
-            (before.bf16_gflops, after.bf16_gflops),
-        )
-    )
+
+    def higher(*rates: float | None) -> float | None:
+        return max((rate for rate in rates if rate is not None), default=None)
+
     return Ceilings(
         device=before.device,
         threads=before.threads,
         fp32_gflops=max(before.fp32_gflops, after.fp32_gflops),
-        fp16_gflops=fp16,
-        bf16_gflops=bf16,
+        fp16_gflops=higher(before.fp16_gflops, after.fp16_gflops),
+        bf16_gflops=higher(before.bf16_gflops, after.bf16_gflops),
         copy_gb_s=max(before.copy_gb_s, after.copy_gb_s),
     )
 

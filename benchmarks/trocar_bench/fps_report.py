@@ -581,7 +581,7 @@ def find_versions() -> dict[str, str | None]:
 
 
 def _find_version(package: str) -> str | None:
-    """None where it is not installed, as OpenVINO on a machine with a GPU."""
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

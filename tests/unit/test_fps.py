@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trocar_bench.fps_report import (
     find_run_shares,
     find_slopes,
     find_stage_shares,
+    find_versions,
 )
 from trocar_bench.frame_log import (
     Figures,
@@ -610,6 +612,16 @@ def run(
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return told
+
+
+def test_package_that_is_missing_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(package: str) -> str:
+        if package == "openvino":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr("trocar_bench.fps_report.version", find)
+    assert (find_versions()["openvino"], find_versions()["torch"]) == (None, "1.0")
 
 
 def test_engines_are_made_for_as_many_objects_as_are_measured() -> None:

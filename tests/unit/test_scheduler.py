@@ -207,11 +207,11 @@ def test_runtime_that_this_machine_lacks_is_refused_with_a_remedy(weights: Path,
         Scheduler(SchedulerConfig(runtime=runtime, weights=weights))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("has_bfloat16", "runtime"), [(True, "openvino"), (False, "onnx")])
 def test_pictures_are_encoded_in_bfloat16_where_the_cpu_can(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, runtime: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("trocar_engines.runtime.openvino._has_bfloat16", lambda library: has_bfloat16)
     config = SchedulerConfig(weights=weights, cache=tmp_path, max_objects=2)
     with closing(Scheduler(config)) as scheduler:
@@ -226,10 +226,10 @@ def test_openvino_without_bfloat16_is_refused_with_a_remedy(
         Scheduler(SchedulerConfig(runtime="openvino", weights=weights))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_openvino_the_default_is_onnx_and_openvino_is_refused_with_a_remedy(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(RuntimeUnavailableError, match=r"OpenVINO cannot be loaded.*--runtime onnx"):
         Scheduler(SchedulerConfig(runtime="openvino", weights=weights))

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, in float32: the default where there is neither a GPU nor bfloat16."""
+"""ONNX Runtime on the CPU, in float32: the default on a CPU wherever OpenVINO is not."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ def load_library() -> Any:
     Raises:
         RuntimeUnavailableError: it cannot be loaded.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    # None stands for a module that cannot be imported, which typeshed does not know.
+    sys.modules.setdefault("openvino_telemetry", cast("Any", None))
     try:
         return importlib.import_module("openvino")
     except Exception as error:  # a wheel of another platform raises what it likes
