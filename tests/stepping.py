@@ -10,7 +10,8 @@ from trocar_engines.memory.bank import BankConfig
 from trocar_engines.models import model_entry
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.scheduler import LoadedModel, Scheduler, SchedulerConfig
-from trocar_engines.tracker import Step, StreamState, Tracker, TrackerConfig
+from trocar_engines.tracked import StreamState
+from trocar_engines.tracker import Step, Tracker, TrackerConfig
 
 TIMEOUT_S = 10.0
 ROWS = 4

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar_bench.timeline import FrameRecord, Timeline
-from trocar_engines.tracker import UNKNOWN_CLASS
+from trocar_engines.tracked import UNKNOWN_CLASS
 
 RESAMPLES = 2_000
 BOOTSTRAP_SEED = 0

@@ -10,7 +10,8 @@ from trocar_engines.errors import TrocarError
 from trocar_engines.masklets import BoolArray, FrameMasklets, Picture, Prompt, PromptOutcome
 from trocar_engines.memory.bank import BankConfig
 from trocar_engines.preprocess import resize_to_model
-from trocar_engines.tracker import Step, StreamState
+from trocar_engines.tracked import StreamState
+from trocar_engines.tracker import Step
 from trocar_engines.training.clicks import next_click
 
 CLICKS = {"click1": 1, "click3": 3, "click5": 5}

@@ -35,7 +35,8 @@ from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import Runtime
 from trocar_engines.runtime.onnx import OnnxRuntime
 from trocar_engines.runtime.openvino import OpenVinoRuntime, has_bfloat16
-from trocar_engines.tracker import StreamState, Tracker, TrackerConfig
+from trocar_engines.tracked import StreamState
+from trocar_engines.tracker import Tracker, TrackerConfig
 
 RUNTIMES = ("auto", "openvino", "onnx", "eager", "cuda", "tensorrt")
 QUEUE_CAPACITY = 4

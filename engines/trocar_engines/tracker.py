@@ -4,23 +4,20 @@ encode_image ─ attend_memory ─ decode_masks ─ readback ─ (reply) ─ wri
 """
 
 import itertools
-import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from trocar_engines.errors import CapacityError, FrameNotKeptError, InvalidPromptError, UnknownObjectError
+from trocar_engines.errors import CapacityError, InvalidPromptError, UnknownObjectError
 from trocar_engines.masklets import (
     MOST_POINTS,
     BoolArray,
-    Float32Array,
     FrameMasklets,
     Masklet,
     ObjectState,
@@ -40,53 +37,27 @@ from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import MOST_LOOKS, Runtime
 from trocar_engines.search import GLANCE_INTERVAL_S, Search, Trial
+from trocar_engines.tracked import (
+    ALIKE,
+    SOUND_IOU,
+    KeptFrame,
+    Past,
+    Readback,
+    StreamState,
+    TrackedObject,
+)
 
 LARGEST_BATCH = 32
 """Rows of one batch; more objects take several."""
 LOGIT_CLAMP = 32.0
 """Earlier mask logits are clamped to ± this before they prompt the decoder, as in SAM 2."""
 ABSENT_DISPLAY_LOGIT = -32.0
-MOST_CATCH_UP_FRAMES = 8
-"""Kept frames through which an object prompted in the past is brought to the present, evenly spaced."""
-CLASS_MEMORY = 0.8
-"""Share of the past in what is known of an object's class, at each look."""
-CLASS_FLOOR = 1e-3
-"""Added to probabilities before their logarithm: one look that is sure of a mistake rules nothing out."""
-CLASS_SHARPNESS = 2.0
-"""Several looks that agree are surer than their mean. With it probabilities are right to 0.01 to 0.05 on 24
-short LongSim clips, by prompt; with 1.5 to 0.03 to 0.06."""
-LEAST_CLASS_PROBABILITY = 0.5
-"""Below it a class is "unknown"."""
-NEAR = 0.08
-"""A mask that lies farther, in sides of the picture, from where the object showed last has jumped there."""
-LIKENESS_MEMORY = 0.5
-"""Share of the past in how much what is found is like the object, at each look."""
-ALIKE = 0.8
-"""Likeness, see `Gallery.compare`, from which on what was lost is taken back, what a glance found is
-followed, and a view joins the gallery: what joins it widens what is believed."""
-UNLIKE, STILL_ALIKE = 0.5, 0.7
-"""Likeness below which what is followed is doubted: of what was never away only where its mask is not sound
-either, of what was found again in any case, for then it may be another thing from the first."""
-CONTINUOUS = 0.65
-"""Cosine to the most alike of an object's last looks. Below it, and with a mask that is not sound, something
-else may have taken its place: an object changes little from look to look (LongSim dev: 5% of 963 looks lie
-below 0.62), a mask that slips onto a neighbour as its object leaves does so all at once (9 of 13 below 0.66).
-When it was chosen it made 67.4 of 61.2 J&F on all frames there, 72.1 of 71.5 on those with the object."""
-LAST_LOOKS = 3
 WHOLE_SHARE = 0.4
 """Of the area an object had of late. A smaller mask shows too little: of a look-alike not what marks it. With
 this, and `TRIAL_IOU` 0.4 instead of 0.3, J&F 83.2 instead of 79.3 on frames that show the object (two sets of
 LongSim dev), 76.3 instead of 71.8 on all."""
 TAKEN_SHARE = 0.5
 """A mask of which so much lies on other objects is one of them."""
-TRIAL_IOU = 0.4
-"""Predicted IoU that is asked of what is on trial: from another side masks are better than they are sure."""
-ENOUGH_VIEWS = 12
-"""Views from which on a change is news: an object of which few are known shows new ones."""
-SOUND_IOU = 0.7
-"""A mask of such a predicted IoU that is followed without a break is believed whatever it looks like, until
-its object was away."""
-UNKNOWN_CLASS = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,172 +86,6 @@ class TrackerConfig:
     most_kept_frames: int = 75
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class KeptFrame:
-    """A recent frame that a prompt may name.
-
-    Args:
-        frame_id: the client's number; `width_px` and `height_px` are the source picture's.
-        time_s: its presentation time.
-        is_trusted: False after a gap in the video.
-        features: of one picture, B = 1.
-        summary: float32 [C] pooled features.
-    """
-
-    frame_id: int
-    width_px: int
-    height_px: int
-    time_s: float
-    is_trusted: bool
-    features: ImageFeatures
-    summary: Float32Array
-
-
-class Past(NamedTuple):
-    """What is known of an object on a kept frame: a correction there starts from it.
-
-    Args:
-        mask_logits: float32 [h, w].
-        bank_frame: the bank's count of frames then.
-    """
-
-    mask_logits: Float32Array
-    bank_frame: int
-
-
-@dataclass(kw_only=True, eq=False)
-class TrackedObject:
-    """One object of one stream: its memory and what the last frames said of it.
-
-    Args:
-        prompted_frame: of the latest prompt; `points` and `labels` were collected on it, in source pixels.
-        conditioning_frame: where the object begins.
-        past: by frame id, oldest first.
-        behind: kept frames that it still has to pass through to reach the present, each with the number of
-            frames since the one before; it has no masklets meanwhile.
-        missed: frames that came meanwhile.
-        is_doubted: what was found last is not believed to be the object; it is not shown, and forgotten
-            unless later looks speak for it.
-        is_lost: on the last frame it had not been seen for long.
-        was_away: it was out of sight or doubted since a person pointed at it.
-        doubted_from_s: what was remembered from then on may be of another thing.
-        class_evidence: running mean of the log probabilities of what the object looked like, float32 [K];
-            None until then.
-        gallery: what the object looked like.
-        search: for it elsewhere in the picture, while it is away.
-        place: bool [h, w], the mask with which it showed last; None before.
-        likeness: of what is found now to the object's gallery, a running mean over the looks at it; None
-            before the first.
-        last_looks: descriptors of what was seen at the last looks, float32 [D] each.
-        has_changed: all at once it looked like another thing, and has not proven itself since.
-        looked_at_s: when it was looked at last; `found_at_s`, when anything was found last, and
-            `prompted_at_s`, the time of the latest prompted frame.
-    """
-
-    object_id: int
-    bank: MemoryBank
-    prompted_frame: int
-    conditioning_frame: int
-    points: list[tuple[float, float]] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    past: dict[int, Past] = field(default_factory=dict)
-    behind: deque[tuple[KeptFrame, int]] = field(default_factory=deque)
-    missed: int = 0
-    is_doubted: bool = False
-    is_lost: bool = False
-    was_away: bool = False
-    doubted_from_s: float = math.inf
-    seen_at_s: float = 0.0
-    frames_since_seen: int = 0
-    class_evidence: Float32Array | None = None
-    gallery: Gallery = field(default_factory=Gallery)
-    search: Search = field(default_factory=Search)
-    place: BoolArray | None = None
-    likeness: float | None = None
-    last_looks: deque[Float32Array] = field(default_factory=lambda: deque(maxlen=LAST_LOOKS))
-    has_changed: bool = False
-    looked_at_s: float = -math.inf
-    found_at_s: float = -math.inf
-    prompted_at_s: float = -math.inf
-
-    @property
-    def is_unproven(self) -> bool:
-        """Whether what is found is not shown, for it may be another thing."""
-        return self.is_doubted or self.search.trial is not None
-
-    @property
-    def is_certain(self) -> bool:
-        """Whether what is found is taken for the object without a proof."""
-        return not (self.is_unproven or self.is_lost or self.has_changed)
-
-    @property
-    def class_probabilities(self) -> Float32Array | None:
-        """What kind of object it is, float32 [K]; None until it was looked at."""
-        return None if self.class_evidence is None else _softmax(CLASS_SHARPNESS * self.class_evidence)
-
-    def forget_found(self) -> None:
-        """What is found next may be another thing."""
-        self.likeness, self.looked_at_s = None, -math.inf
-        self.last_looks.clear()
-
-    def look(self, descriptor: Float32Array, *, is_sound: bool) -> None:
-        """Weigh how much what is found is like the object, and remember views that surely are its own.
-
-        Until it was away for the first time, what is followed soundly is the object, however it changes.
-        """
-        continuity = max((float(last @ descriptor) for last in self.last_looks), default=1.0)
-        if continuity < CONTINUOUS and not is_sound and len(self.gallery.views) >= ENOUGH_VIEWS:
-            self.last_looks.clear()
-            self.likeness, self.has_changed = None, True
-        self.last_looks.append(descriptor)
-        if not self.gallery.is_begun and not self.is_unproven and not self.has_changed:
-            self.gallery.add(descriptor)
-            return
-        if not self.gallery.views:
-            return
-        likeness = self.gallery.compare(descriptor)
-        past = likeness if self.likeness is None else self.likeness
-        self.likeness = LIKENESS_MEMORY * past + (1 - LIKENESS_MEMORY) * likeness
-        is_own = likeness >= ALIKE or (is_sound and not self.was_away and not self.has_changed)
-        if is_own and not self.is_unproven:
-            self.gallery.add(descriptor)
-
-
-@dataclass(kw_only=True, eq=False)
-class StreamState:
-    """What a tracker keeps for one stream.
-
-    Args:
-        bank: memory settings of its objects.
-        most_objects: limit of the stream.
-        kept: recent frames, oldest first.
-        pinned: one frame more, kept until another is pinned, and the id under which the client asked for it.
-    """
-
-    bank: BankConfig
-    most_objects: int
-    objects: dict[int, TrackedObject] = field(default_factory=dict)
-    kept: deque[KeptFrame] = field(default_factory=deque)
-    pinned: KeptFrame | None = None
-    pinned_as: int | None = None
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether an object prompted in the past has not reached the present yet."""
-        return any(tracked.behind for tracked in self.objects.values())
-
-    def forget_gone(self) -> None:
-        """Let go of what is known of frames that are no longer kept.
-
-        Not only of the frame that left last: an object may come past one that left while it caught up.
-        """
-        oldest, pinned = self.kept[0].frame_id, None if self.pinned is None else self.pinned.frame_id
-        for tracked in self.objects.values():
-            gone = [known for known in tracked.past if known < oldest and known != pinned]
-            for frame_id in gone:
-                del tracked.past[frame_id]
-
-
 @dataclass(kw_only=True, eq=False)
 class _Row:
     """One object of a stream on one frame: row of a batch. `frames` have come since the one before.
@@ -293,7 +98,7 @@ class _Row:
     frame: KeptFrame
     frames: int = 1
     pixels: UInt8Array | None = None
-    read: "_Readback | None" = None
+    read: "Readback | None" = None
     masklet: Masklet | None = None
 
     @property
@@ -589,18 +394,15 @@ class Tracker:
             mask_logits,
         )
         for index, of_one, descriptor in zip(due, *(values.numpy() for values in seen), strict=True):
-            row, likely = rows[index], _softmax(of_one)
+            row = rows[index]
             tracked, masklet = row.tracked, row.masklet
             assert masklet is not None, "known once the row is read back"
             tracked.looked_at_s = row.frame.time_s
             # What is small tells little, but what is doubted has no other way back.
             if row.found_area >= LEAST_AREA or tracked.is_unproven:
                 tracked.look(descriptor, is_sound=masklet.predicted_iou >= SOUND_IOU)
-            if tracked.is_unproven:
-                continue
-            evidence = np.log(likely + CLASS_FLOOR)
-            past = evidence if tracked.class_evidence is None else tracked.class_evidence
-            tracked.class_evidence = CLASS_MEMORY * past + (1 - CLASS_MEMORY) * evidence
+            if not tracked.is_unproven:
+                tracked.weigh_class(of_one)
 
     def _take_turns(
         self, rows: list[_Row], due: list[int], since: Callable[[TrackedObject], float]
@@ -624,7 +426,7 @@ class Tracker:
             if trial is not None:
                 trial.frames += 1
                 if trial.is_over(row.frame.time_s):
-                    self._lose_trial(row.tracked, trial, row.frame.time_s)
+                    row.tracked.lose_trial(trial, row.frame.time_s)
         due = [index for index, row in enumerate(rows) if _is_searched(row, self.config.return_iou)]
         for index in self._take_turns(rows, due, lambda tracked: tracked.search.glanced_at_s):
             self._glance(rows[index], rows)
@@ -661,7 +463,7 @@ class Tracker:
         tracked.search.trial = Trial(point=point, mask=mask, from_s=frame.time_s)
         tracked.forget_found()
 
-    def _is_like(self, row: _Row, read: "_Readback") -> bool:
+    def _is_like(self, row: _Row, read: Readback) -> bool:
         """Whether what a glance found is surely like the object."""
         assert row.pixels is not None
         least = max(LEAST_AREA, WHOLE_SHARE * row.tracked.bank.area)
@@ -672,22 +474,6 @@ class Tracker:
         token = torch.zeros(1, self.network.d_model, device=device)
         seen = self.runtime.recognise(token, _stack_pixels([row.pixels], device), mask_logits)
         return row.tracked.gallery.compare(seen.descriptor[0].numpy()) >= ALIKE
-
-    @staticmethod
-    def _lose_trial(tracked: TrackedObject, trial: Trial, time_s: float) -> None:
-        """What was on trial is not the object: forget it, and look elsewhere."""
-        tracked.bank.drop_trial()
-        tracked.search.reject(trial.point, trial.mask, time_s)
-        tracked.search.trial = None
-        tracked.forget_found()
-
-    @staticmethod
-    def _win_trial(tracked: TrackedObject) -> None:
-        """What was on trial is the object, and what was doubted is not."""
-        if tracked.is_doubted:
-            tracked.bank.roll_back(tracked.doubted_from_s, tracked.bank.frame)
-        tracked.bank.keep_trial()
-        tracked.search.trial = None
 
     @torch.inference_mode()
     def prompt(self, stream: StreamState, prompt: Prompt) -> PromptOutcome:
@@ -701,7 +487,7 @@ class Tracker:
             InvalidPromptError: the prompt says nothing.
             CapacityError: no object more fits.
         """
-        frame = self._kept_frame(stream, prompt.frame_id)
+        frame = stream.find_kept(prompt.frame_id)
         tracked = stream.objects.get(prompt.object_id)
         # A correction on a frame before the object's first one begins it anew there.
         is_new = (
@@ -732,7 +518,7 @@ class Tracker:
         self._remember_prompt(tracked, frame, decoded, is_new=is_new)
         tracked.seen_at_s = frame.time_s  # whoever is pointed at is not lost
         masklet = self._masklet(tracked, _describe(self.runtime.read_back(decoded)())[0], frame)
-        tracked.behind = _way_back(stream, frame)
+        tracked.behind = stream.way_from(frame)
         tracked.missed = 0
         return PromptOutcome(frame_id=frame.frame_id, masklet=masklet)
 
@@ -742,7 +528,7 @@ class Tracker:
         Raises:
             FrameNotKeptError: the frame is no longer kept.
         """
-        stream.pinned = self._kept_frame(stream, frame_id)
+        stream.pinned = stream.find_kept(frame_id)
         stream.pinned_as = frame_id
         stream.forget_gone()
         return stream.pinned.frame_id
@@ -799,21 +585,6 @@ class Tracker:
     def _most_kept(self, frame: KeptFrame) -> int:
         frame_bytes = sum(maps.nbytes for maps in frame.features)
         return max(1, min(self.config.most_kept_frames, self.config.kept_bytes // frame_bytes))
-
-    def _kept_frame(self, stream: StreamState, frame_id: int) -> KeptFrame:
-        """The kept frame nearest to `frame_id`: a dropped frame's neighbour stands in for it."""
-        if stream.pinned is not None and frame_id == stream.pinned.frame_id:
-            return stream.pinned
-        if not stream.kept:
-            raise FrameNotKeptError(f"frame {frame_id}: no frame has been tracked yet; send one first")
-        oldest, latest = stream.kept[0].frame_id, stream.kept[-1].frame_id
-        if frame_id < oldest:
-            if stream.pinned is not None and frame_id == stream.pinned_as:
-                return stream.pinned
-            raise FrameNotKeptError(
-                f"frame {frame_id} is no longer kept: frames {oldest} to {latest} are; prompt on a newer one"
-            )
-        return min(stream.kept, key=lambda frame: abs(frame.frame_id - frame_id))
 
     def _decode_prompt(
         self, tracked: TrackedObject, prompt: Prompt, frame: KeptFrame, *, is_new: bool
@@ -919,7 +690,7 @@ class Tracker:
         tracked.forget_found()
 
     def _masklet(
-        self, tracked: TrackedObject, read: "_Readback", frame: KeptFrame, *, can_look: bool = True
+        self, tracked: TrackedObject, read: Readback, frame: KeptFrame, *, can_look: bool = True
     ) -> Masklet:
         """The masklet of an object on a frame; moves the object's state.
 
@@ -935,19 +706,25 @@ class Tracker:
             tracked.was_away = True
             tracked.forget_found()
         mask = read.mask_logits > 0
-        has_jumped = is_found and tracked.place is not None and _is_apart(mask, tracked.place)
+        has_jumped = is_found and tracked.has_jumped(mask)
         if has_jumped and not tracked.is_unproven:
             tracked.forget_found()
-        is_recognised = is_found and self._is_recognised(
-            tracked,
+        is_recognised = is_found and tracked.is_recognised(
             read,
+            self.config.return_iou,
             must_prove=(is_lost or tracked.is_unproven or has_jumped or tracked.has_changed) and can_look,
         )
         if is_recognised:
             tracked.has_changed = False
             if tracked.search.trial is not None:
-                self._win_trial(tracked)
-        self._doubt(tracked, frame.time_s, is_lost=is_lost, is_found=is_found, is_recognised=is_recognised)
+                tracked.win_trial()
+        tracked.doubt(
+            frame.time_s,
+            self.config.look_interval_s,
+            is_lost=is_lost,
+            is_found=is_found,
+            is_recognised=is_recognised,
+        )
         if is_recognised:
             tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
             tracked.place = mask
@@ -959,7 +736,7 @@ class Tracker:
         logits = read.mask_logits if is_present else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
         if not (is_found and tracked.is_unproven):  # neither its mask nor none is a start for a correction
             tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
-        name, probability = self._class_of(tracked.class_probabilities)
+        name, probability = tracked.name_class(self.network.classes)
         return Masklet(
             object_id=tracked.object_id,
             state=state,
@@ -971,66 +748,8 @@ class Tracker:
             frames_since_seen=tracked.frames_since_seen,
         )
 
-    def _doubt(
-        self, tracked: TrackedObject, time_s: float, *, is_lost: bool, is_found: bool, is_recognised: bool
-    ) -> None:
-        """Begin, keep or end the doubt in what is found; a flicker does not end it."""
-        if is_found and not is_recognised and not tracked.is_unproven:
-            tracked.is_doubted = tracked.was_away = True
-            # It took two looks to notice. What a person said stays.
-            noticed_s = time_s - 2 * self.config.look_interval_s
-            tracked.doubted_from_s = max(noticed_s, math.nextafter(tracked.prompted_at_s, math.inf))
-        elif is_recognised:
-            tracked.is_doubted = False
-        is_news = is_lost and not tracked.is_lost
-        tracked.is_lost = is_lost
-        if is_lost:
-            tracked.was_away = True
-        if tracked.is_doubted and is_news and tracked.doubted_from_s <= time_s:
-            tracked.bank.roll_back(tracked.doubted_from_s, tracked.bank.frame)
 
-    def _is_recognised(self, tracked: TrackedObject, read: "_Readback", *, must_prove: bool) -> bool:
-        """Whether what is found is the object: a look-alike must not inherit an identity.
-
-        What is followed without a break is believed unless it is neither sound nor like the object, or was
-        found again and is not like it. What is taken for a lost object, or lies elsewhere all at once, must
-        prove itself: its mask must look sound, and it must look like the object. Its class says nothing: it
-        is wrong more often than the looks are (four sets of LongSim dev without asking it: J&F 71.5 instead
-        of 69.8 on frames that show the object, 12 instead of 11 of 16 returns found).
-        """
-        if tracked.bank.config.policy is MemoryPolicy.VANILLA:
-            return True
-        if not must_prove:
-            if tracked.likeness is None:
-                return True
-            if tracked.was_away:
-                return tracked.likeness >= STILL_ALIKE
-            return read.predicted_iou >= SOUND_IOU or tracked.likeness >= UNLIKE
-        if read.predicted_iou < (TRIAL_IOU if tracked.search.trial else self.config.return_iou):
-            return False
-        # Looked at after the reply; until then the next frames wait.
-        return not tracked.gallery.views or (tracked.likeness is not None and tracked.likeness >= ALIKE)
-
-    def _class_of(self, probabilities: Float32Array | None) -> tuple[str, float]:
-        if probabilities is None:
-            return UNKNOWN_CLASS, 0.0
-        best = int(probabilities.argmax())
-        probability = float(probabilities[best])
-        name = self.network.classes[best] if probability >= LEAST_CLASS_PROBABILITY else UNKNOWN_CLASS
-        return name, probability
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Readback:
-    """What the network says of one row; `found_area` in points of the mask, 0 where the object is absent."""
-
-    mask_logits: Float32Array
-    predicted_iou: float
-    presence_logit: float
-    found_area: int
-
-
-def _describe(decoded: Decoded) -> list[_Readback]:
+def _describe(decoded: Decoded) -> list[Readback]:
     """What the reply needs of each row.
 
     Args:
@@ -1039,7 +758,7 @@ def _describe(decoded: Decoded) -> list[_Readback]:
     masks = decoded.mask_logits.numpy()
     ious, presence = decoded.predicted_iou.tolist(), decoded.presence_logit.tolist()
     return [
-        _Readback(
+        Readback(
             mask_logits=mask,
             predicted_iou=iou,
             presence_logit=present,
@@ -1107,15 +826,6 @@ def _taken(row: _Row, rows: list[_Row]) -> BoolArray:
     return taken
 
 
-def _is_apart(mask: BoolArray, place: BoolArray) -> bool:
-    """Whether no point of a mask [h, w] lies on another one or `NEAR` it, in either direction."""
-    if (mask & place).any():  # mostly
-        return False
-    side = 2 * round(NEAR * mask.shape[1]) + 1
-    around = cv2.dilate(place.astype(np.uint8), np.ones((side, side), np.uint8))
-    return not around[mask].any()
-
-
 def _rows(stream: StreamState, frame: KeptFrame, pixels: UInt8Array) -> list[_Row]:
     """A row for every object of the stream that has reached the present."""
     rows = []
@@ -1141,14 +851,6 @@ def _rows_behind(streams: list[StreamState]) -> list[_Row]:
     return rows
 
 
-def _way_back(stream: StreamState, frame: KeptFrame) -> deque[tuple[KeptFrame, int]]:
-    """Evenly spaced kept frames from the one after `frame` to the newest, with the distances between them."""
-    later = [kept for kept in stream.kept if kept.frame_id > frame.frame_id]
-    count = min(MOST_CATCH_UP_FRAMES, len(later))
-    stops = [round((stop + 1) * len(later) / count) for stop in range(count)]
-    return deque((later[stop - 1], stop - before) for before, stop in zip([0, *stops], stops, strict=False))
-
-
 def _reduce(maps: Tensor, size: int) -> Tensor:
     """Bilinear with antialiasing, as SAM 2 reduces a mask prompt; [1, 1, H, W] to [1, 1, size, size]."""
     return torch.nn.functional.interpolate(
@@ -1169,8 +871,3 @@ def _stack(features: list[ImageFeatures]) -> ImageFeatures:
     if len(features) == 1:
         return features[0]
     return ImageFeatures(*(torch.cat(maps) for maps in zip(*features, strict=True)))
-
-
-def _softmax(logits: Float32Array) -> Float32Array:
-    powers = np.exp(logits - logits.max())
-    return np.asarray(powers / powers.sum(), dtype=np.float32)

@@ -29,7 +29,8 @@ from trocar_engines.masklets import (
     UInt8Array,
 )
 from trocar_engines.memory.bank import BankConfig, MemoryPolicy
-from trocar_engines.tracker import Step, StreamState
+from trocar_engines.tracked import StreamState
+from trocar_engines.tracker import Step
 
 SIZE_PX = 64
 """Of pictures, masks and the fake's logits alike: nothing is resized, so a perfect tracker is exact."""

@@ -27,7 +27,8 @@ from trocar_engines.network.sam2s import SAM2S, Decoded
 from trocar_engines.network.weights import save_weights
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.scheduler import QUEUE_CAPACITY, Scheduler, SchedulerConfig, TrackedStream
-from trocar_engines.tracker import Step, StreamState
+from trocar_engines.tracked import StreamState
+from trocar_engines.tracker import Step
 
 TIMEOUT_S = 20
 

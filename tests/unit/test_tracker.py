@@ -15,13 +15,8 @@ from trocar_engines.memory.bank import BankConfig, MemoryPolicy
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors, Recognition
 from trocar_engines.runtime.eager import EagerRuntime
 from trocar_engines.runtime.interface import MOST_LOOKS
-from trocar_engines.tracker import (
-    SOUND_IOU,
-    UNKNOWN_CLASS,
-    StreamState,
-    Tracker,
-    TrackerConfig,
-)
+from trocar_engines.tracked import SOUND_IOU, UNKNOWN_CLASS, StreamState
+from trocar_engines.tracker import Tracker, TrackerConfig
 
 BANK = BankConfig(recent_slots=3, candidate_iou=0.0, candidate_interval_s=0.0)
 WIDTH, HEIGHT = 160, 90
