@@ -17,7 +17,7 @@ from trocar_engines.masklets import BoolArray, Float32Array
 from trocar_engines.memory.bank import BankConfig, MemoryBank, MemoryPolicy
 from trocar_engines.memory.gallery import Gallery
 from trocar_engines.network.sam2s import ImageFeatures
-from trocar_engines.search import Search, Trial
+from trocar_engines.search import Search
 
 MOST_CATCH_UP_FRAMES = 8
 """Kept frames through which an object prompted in the past is brought to the present, evenly spaced."""
@@ -46,6 +46,7 @@ else may have taken its place: an object changes little from look to look (LongS
 below 0.62), a mask that slips onto a neighbour as its object leaves does so all at once (9 of 13 below 0.66).
 When it was chosen it made 67.4 of 61.2 J&F on all frames there, 72.1 of 71.5 on those with the object."""
 LAST_LOOKS = 3
+"""So many looks back continuity is judged."""
 TRIAL_IOU = 0.4
 """Predicted IoU that is asked of what is on trial: from another side masks are better than they are sure."""
 ENOUGH_VIEWS = 12
@@ -178,6 +179,10 @@ class TrackedObject:
         """Weigh how much what is found is like the object, and remember views that surely are its own.
 
         Until it was away for the first time, what is followed soundly is the object, however it changes.
+
+        Args:
+            descriptor: float32 [D], a unit vector, see `appearance.AppearanceHead`.
+            is_sound: the mask is as good as `SOUND_IOU`.
         """
         continuity = max((float(last @ descriptor) for last in self.last_looks), default=1.0)
         if continuity < CONTINUOUS and not is_sound and len(self.gallery.views) >= ENOUGH_VIEWS:
@@ -215,8 +220,18 @@ class TrackedObject:
         """Whether a mask [h, w] lies apart from where the object showed last."""
         return self.place is not None and _is_apart(mask, self.place)
 
-    def lose_trial(self, trial: Trial, time_s: float) -> None:
-        """What was on trial is not the object: forget it, and look elsewhere."""
+    def age_trial(self, time_s: float) -> None:
+        """A frame has passed. What is on trial when its time is over is not the object: it is forgotten.
+
+        Args:
+            time_s: of the frame.
+        """
+        trial = self.search.trial
+        if trial is None:
+            return
+        trial.frames += 1
+        if not trial.is_over(time_s):
+            return
         self.bank.drop_trial()
         self.search.reject(trial.point, trial.mask, time_s)
         self.search.trial = None
@@ -232,7 +247,15 @@ class TrackedObject:
     def doubt(
         self, time_s: float, look_interval_s: float, *, is_lost: bool, is_found: bool, is_recognised: bool
     ) -> None:
-        """Begin, keep or end the doubt in what is found; a flicker does not end it."""
+        """Begin, keep or end the doubt in what is found; a flicker does not end it.
+
+        Args:
+            time_s: of the frame.
+            look_interval_s: between two looks.
+            is_lost: the object has not been seen for long.
+            is_found: there is a mask.
+            is_recognised: it is the object's, see `is_recognised`.
+        """
         if is_found and not is_recognised and not self.is_unproven:
             self.is_doubted = self.was_away = True
             # It took two looks to notice. What a person said stays.
@@ -255,6 +278,11 @@ class TrackedObject:
         prove itself: its mask must look sound, and it must look like the object. Its class says nothing: it
         is wrong more often than the looks are (four sets of LongSim dev without asking it: J&F 71.5 instead
         of 69.8 on frames that show the object, 12 instead of 11 of 16 returns found).
+
+        Args:
+            read: what was found.
+            return_iou: predicted IoU, 0 to 1, that is asked of what must prove itself.
+            must_prove: it is not believed for being followed.
         """
         if self.bank.config.policy is MemoryPolicy.VANILLA:
             return True

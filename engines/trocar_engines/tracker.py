@@ -54,8 +54,8 @@ LOGIT_CLAMP = 32.0
 ABSENT_DISPLAY_LOGIT = -32.0
 WHOLE_SHARE = 0.4
 """Of the area an object had of late. A smaller mask shows too little: of a look-alike not what marks it. With
-this, and `TRIAL_IOU` 0.4 instead of 0.3, J&F 83.2 instead of 79.3 on frames that show the object (two sets of
-LongSim dev), 76.3 instead of 71.8 on all."""
+this, and `tracked.TRIAL_IOU` 0.4 instead of 0.3, J&F 83.2 instead of 79.3 on frames that show the object (two
+sets of LongSim dev), 76.3 instead of 71.8 on all."""
 TAKEN_SHARE = 0.5
 """A mask of which so much lies on other objects is one of them."""
 
@@ -98,7 +98,7 @@ class _Row:
     frame: KeptFrame
     frames: int = 1
     pixels: UInt8Array | None = None
-    read: "Readback | None" = None
+    read: Readback | None = None
     masklet: Masklet | None = None
 
     @property
@@ -422,11 +422,7 @@ class Tracker:
     def _search(self, rows: list[_Row]) -> None:
         """Glance at another place for objects that are away; end trials that had their time."""
         for row in rows:
-            trial = row.tracked.search.trial
-            if trial is not None:
-                trial.frames += 1
-                if trial.is_over(row.frame.time_s):
-                    row.tracked.lose_trial(trial, row.frame.time_s)
+            row.tracked.age_trial(row.frame.time_s)
         due = [index for index, row in enumerate(rows) if _is_searched(row, self.config.return_iou)]
         for index in self._take_turns(rows, due, lambda tracked: tracked.search.glanced_at_s):
             self._glance(rows[index], rows)
