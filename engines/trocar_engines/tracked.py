@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from trocar_engines.errors import FrameNotKeptError
-from trocar_engines.masklets import BoolArray, Float32Array
+from trocar_engines.masklets import BoolArray, Float32Array, ObjectState
 from trocar_engines.memory.bank import BankConfig, MemoryBank, MemoryPolicy
 from trocar_engines.memory.gallery import Gallery
 from trocar_engines.network.sam2s import ImageFeatures
@@ -55,6 +55,26 @@ SOUND_IOU = 0.7
 """A mask of such a predicted IoU that is followed without a break is believed whatever it looks like, until
 its object was away."""
 UNKNOWN_CLASS = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityConfig:
+    """When an object is lost, and what is asked of what is found then.
+
+    Args:
+        lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
+        return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
+        look_interval_s: an object that shows is looked at so often for kind and appearance, after the reply.
+    """
+
+    lost_after_s: float = 2.0
+    return_iou: float = 0.5
+    look_interval_s: float = 0.2
+
+    @property
+    def notice_s(self) -> float:
+        """Time until a change is noticed: two looks."""
+        return 2 * self.look_interval_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -175,6 +195,18 @@ class TrackedObject:
         self.likeness, self.looked_at_s = None, -math.inf
         self.last_looks.clear()
 
+    def believe(self, time_s: float) -> None:
+        """A person pointed at it: it is not lost, and they know better than what was remembered of its looks.
+
+        Args:
+            time_s: of the prompted frame.
+        """
+        self.gallery, self.search = Gallery(), Search()
+        self.prompted_at_s = self.seen_at_s = time_s
+        self.is_doubted = self.was_away = self.has_changed = False
+        self.place = None
+        self.forget_found()
+
     def look(self, descriptor: Float32Array, *, is_sound: bool) -> None:
         """Weigh how much what is found is like the object, and remember views that surely are its own.
 
@@ -216,10 +248,6 @@ class TrackedObject:
         probability = float(probabilities[best])
         return classes[best] if probability >= LEAST_CLASS_PROBABILITY else UNKNOWN_CLASS, probability
 
-    def has_jumped(self, mask: BoolArray) -> bool:
-        """Whether a mask [h, w] lies apart from where the object showed last."""
-        return self.place is not None and _is_apart(mask, self.place)
-
     def age_trial(self, time_s: float) -> None:
         """A frame has passed. What is on trial when its time is over is not the object: it is forgotten.
 
@@ -237,40 +265,62 @@ class TrackedObject:
         self.search.trial = None
         self.forget_found()
 
-    def win_trial(self) -> None:
-        """What was on trial is the object, and what was doubted is not."""
-        if self.is_doubted:
-            self.bank.roll_back(self.doubted_from_s, self.bank.frame)
-        self.bank.keep_trial()
-        self.search.trial = None
+    def observe(
+        self, read: Readback, time_s: float, config: IdentityConfig, *, can_look: bool
+    ) -> ObjectState:
+        """Take in what was found on a frame: whether it is the object, and what that makes of it.
 
-    def doubt(
-        self, time_s: float, look_interval_s: float, *, is_lost: bool, is_found: bool, is_recognised: bool
-    ) -> None:
-        """Begin, keep or end the doubt in what is found; a flicker does not end it.
+        Doubt begins where what was followed is not recognised, and ends where something is; a flicker does
+        not end it.
 
         Args:
+            read: what the network says.
             time_s: of the frame.
-            look_interval_s: between two looks.
-            is_lost: the object has not been seen for long.
-            is_found: there is a mask.
-            is_recognised: it is the object's, see `is_recognised`.
+            config: what is asked.
+            can_look: the picture is at hand, so that what is found can be looked at.
         """
-        if is_found and not is_recognised and not self.is_unproven:
+        is_found = read.found_area > 0
+        is_lost = time_s - self.seen_at_s > config.lost_after_s
+        if is_found:
+            self.found_at_s = time_s
+        elif abs(time_s - self.found_at_s) > config.notice_s:
+            # Longer than a flicker.
+            self.was_away = True
+            self.forget_found()
+        mask = read.mask_logits > 0
+        has_jumped = is_found and self.place is not None and _is_apart(mask, self.place)
+        if has_jumped and not self.is_unproven:
+            self.forget_found()
+        must_prove = (is_lost or self.is_unproven or has_jumped or self.has_changed) and can_look
+        is_recognised = is_found and self._is_recognised(read, config.return_iou, must_prove=must_prove)
+        if is_recognised:
+            if self.search.trial is not None:
+                self._win_trial()
+            self.has_changed = self.is_doubted = False
+        elif is_found and not self.is_unproven:
             self.is_doubted = self.was_away = True
-            # It took two looks to notice. What a person said stays.
-            noticed_s = time_s - 2 * look_interval_s
-            self.doubted_from_s = max(noticed_s, math.nextafter(self.prompted_at_s, math.inf))
-        elif is_recognised:
-            self.is_doubted = False
+            # What a person said stays.
+            self.doubted_from_s = max(time_s - config.notice_s, math.nextafter(self.prompted_at_s, math.inf))
         is_news = is_lost and not self.is_lost
         self.is_lost = is_lost
         if is_lost:
             self.was_away = True
         if self.is_doubted and is_news and self.doubted_from_s <= time_s:
             self.bank.roll_back(self.doubted_from_s, self.bank.frame)
+        if is_recognised:
+            self.seen_at_s, self.frames_since_seen, self.place = time_s, 0, mask
+            return ObjectState.VISIBLE
+        self.frames_since_seen += 1
+        return ObjectState.LOST if is_lost else ObjectState.OCCLUDED
 
-    def is_recognised(self, read: Readback, return_iou: float, *, must_prove: bool) -> bool:
+    def _win_trial(self) -> None:
+        """What was on trial is the object, and what was doubted is not."""
+        if self.is_doubted:
+            self.bank.roll_back(self.doubted_from_s, self.bank.frame)
+        self.bank.keep_trial()
+        self.search.trial = None
+
+    def _is_recognised(self, read: Readback, return_iou: float, *, must_prove: bool) -> bool:
         """Whether what is found is the object: a look-alike must not inherit an identity.
 
         What is followed without a break is believed unless it is neither sound nor like the object, or was

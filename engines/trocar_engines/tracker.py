@@ -29,17 +29,17 @@ from trocar_engines.masklets import (
 )
 from trocar_engines.masks import main_parts, settle_overlaps
 from trocar_engines.memory.bank import BankConfig, FrameFacts, MemoryBank, MemoryPolicy, mask_area
-from trocar_engines.memory.gallery import Gallery
 from trocar_engines.memory.pool import MemoryPool, Place, is_uniform, upload
 from trocar_engines.network.appearance import LEAST_AREA
 from trocar_engines.network.readout import READOUT_SLOTS
 from trocar_engines.network.sam2s import Decoded, ImageFeatures, PromptTensors
 from trocar_engines.runtime.clock import StageClock
 from trocar_engines.runtime.interface import MOST_LOOKS, Runtime
-from trocar_engines.search import GLANCE_INTERVAL_S, Search, Trial
+from trocar_engines.search import GLANCE_INTERVAL_S, Trial
 from trocar_engines.tracked import (
     ALIKE,
     SOUND_IOU,
+    IdentityConfig,
     KeptFrame,
     Past,
     Readback,
@@ -61,15 +61,12 @@ TAKEN_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackerConfig:
+class TrackerConfig(IdentityConfig):
     """How a tracker behaves.
 
     Args:
         rows: objects of all streams together.
         bank: slots and thresholds of an object's memory.
-        lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
-        return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
-        look_interval_s: an object that shows is looked at so often for kind and appearance, after the reply.
         most_looks: so many of all streams' objects are looked at on one tick, of one stream `MOST_LOOKS`.
         kept_bytes: budget for image features of recent frames, per stream; prompts may name those frames.
         most_kept_frames: and never more than so many: at 60 frames a second, a second and a quarter, so that
@@ -78,9 +75,6 @@ class TrackerConfig:
 
     rows: int = 64
     bank: BankConfig = field(default_factory=BankConfig)
-    lost_after_s: float = 2.0
-    return_iou: float = 0.5
-    look_interval_s: float = 0.2
     most_looks: int = MOST_LOOKS
     kept_bytes: int = 64 << 20
     most_kept_frames: int = 75
@@ -512,7 +506,6 @@ class Tracker:
             raise
         stream.objects[prompt.object_id] = tracked
         self._remember_prompt(tracked, frame, decoded, is_new=is_new)
-        tracked.seen_at_s = frame.time_s  # whoever is pointed at is not lost
         masklet = self._masklet(tracked, _describe(self.runtime.read_back(decoded)())[0], frame)
         tracked.behind = stream.way_from(frame)
         tracked.missed = 0
@@ -679,11 +672,7 @@ class Tracker:
         }
         if is_new:
             tracked.class_evidence = None
-        # Whoever points knows better than what was remembered of its looks.
-        tracked.gallery, tracked.search, tracked.prompted_at_s = Gallery(), Search(), frame.time_s
-        tracked.is_doubted = tracked.was_away = tracked.has_changed = False
-        tracked.place = None
-        tracked.forget_found()
+        tracked.believe(frame.time_s)
 
     def _masklet(
         self, tracked: TrackedObject, read: Readback, frame: KeptFrame, *, can_look: bool = True
@@ -693,44 +682,11 @@ class Tracker:
         Args:
             can_look: the picture is at hand, so that what is found can be looked at.
         """
-        is_found = read.found_area > 0
-        is_lost = frame.time_s - tracked.seen_at_s > self.config.lost_after_s
-        if is_found:
-            tracked.found_at_s = frame.time_s
-        elif abs(frame.time_s - tracked.found_at_s) > 2 * self.config.look_interval_s:
-            # Longer than a flicker.
-            tracked.was_away = True
-            tracked.forget_found()
-        mask = read.mask_logits > 0
-        has_jumped = is_found and tracked.has_jumped(mask)
-        if has_jumped and not tracked.is_unproven:
-            tracked.forget_found()
-        is_recognised = is_found and tracked.is_recognised(
-            read,
-            self.config.return_iou,
-            must_prove=(is_lost or tracked.is_unproven or has_jumped or tracked.has_changed) and can_look,
-        )
-        if is_recognised:
-            tracked.has_changed = False
-            if tracked.search.trial is not None:
-                tracked.win_trial()
-        tracked.doubt(
-            frame.time_s,
-            self.config.look_interval_s,
-            is_lost=is_lost,
-            is_found=is_found,
-            is_recognised=is_recognised,
-        )
-        if is_recognised:
-            tracked.seen_at_s, tracked.frames_since_seen = frame.time_s, 0
-            tracked.place = mask
-            state = ObjectState.VISIBLE
-        else:
-            tracked.frames_since_seen += 1
-            state = ObjectState.LOST if is_lost else ObjectState.OCCLUDED
+        state = tracked.observe(read, frame.time_s, self.config, can_look=can_look)
         is_present = read.presence_logit > 0 and not tracked.is_unproven
         logits = read.mask_logits if is_present else np.full_like(read.mask_logits, ABSENT_DISPLAY_LOGIT)
-        if not (is_found and tracked.is_unproven):  # neither its mask nor none is a start for a correction
+        # Where something else may be found, neither its mask nor none is a start for a correction.
+        if read.found_area == 0 or not tracked.is_unproven:
             tracked.past[frame.frame_id] = Past(logits, tracked.bank.frame)
         name, probability = tracked.name_class(self.network.classes)
         return Masklet(

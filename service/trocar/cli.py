@@ -914,6 +914,21 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         help="clips rendered for each step, in the place of the oldest (default %(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that render (default %(default)s)")
+    parser.add_argument(
+        "--diverse-share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="clips that read long-term memories too, as SAM2S trains; 0 reads the most recent alone, as "
+        "SAM 2 does (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tsl",
+        type=float,
+        default=0.1,
+        metavar="WEIGHT",
+        help="of the loss of classes, temporal semantic learning; 0 learns masks alone (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to begin with")
     parser.add_argument(
@@ -952,6 +967,7 @@ def _train(options: argparse.Namespace) -> int:
     from trocar_engines.models import cpu_threads, set_torch_threads
     from trocar_engines.network.config import network_config
     from trocar_engines.training.appearance import fill_store
+    from trocar_engines.training.losses import LossWeights
     from trocar_engines.training.train import GPU_STAGES, STAGES, Progress, TrainConfig, train
 
     if options.only and options.start_from is None:
@@ -983,6 +999,8 @@ def _train(options: argparse.Namespace) -> int:
         minutes=options.minutes,
         learning_rate=options.learning_rate,
         objects=options.objects,
+        diverse_share=options.diverse_share,
+        weights=LossWeights(tsl=options.tsl),
         stages=tuple(options.stage or (GPU_STAGES if options.device.startswith("cuda") else STAGES)),
         seed=options.seed,
         start_from=options.start_from,

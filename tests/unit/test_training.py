@@ -481,6 +481,25 @@ def test_a_stage_of_other_clips_at_the_same_size_is_another_step(tiny_training: 
     assert np.isfinite(run.check_losses()["loss"])
 
 
+@pytest.mark.parametrize(("share", "does_learn"), [(0.0, False), (0.5, True)])
+def test_only_divemem_sampling_reads_long_term_memories(
+    share: float, does_learn: bool, tiny_training: TrainConfig
+) -> None:
+    stage = Stage(size_px=64, clips=2, frames=6, share=1.0)
+    run = _Run(dataclasses.replace(tiny_training, clip_frames=6, stages=(stage,), diverse_share=share))
+    run.advance(next(run.batches()))
+    gradient = run.network.long_term_tpos_enc.grad
+    assert gradient is not None
+    assert bool(gradient.any()) == does_learn
+    assert run.network.maskmem_tpos_enc.grad is not None
+    assert run.network.maskmem_tpos_enc.grad.any()
+
+
+def test_a_share_beyond_one_is_refused(tiny_training: TrainConfig) -> None:
+    with pytest.raises(TrocarError, match="0 to 1"):
+        dataclasses.replace(tiny_training, diverse_share=2.0)
+
+
 def test_a_checkpoint_of_an_earlier_version_is_refused(tiny_training: TrainConfig) -> None:
     run = _Run(tiny_training)
     run.save()

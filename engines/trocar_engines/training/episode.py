@@ -75,16 +75,28 @@ class Episodes:
         clips: of a batch.
         objects: of each clip.
         frames: of each clip.
+        diverse_share: of the clips read long-term memories too (DiveMem sampling); the others, and at 0 all,
+            read the most recent ones alone, as SAM 2 is trained.
     """
 
     def __init__(
-        self, network: SAM2S, weights: LossWeights, *, clips: int, objects: int, frames: int
+        self,
+        network: SAM2S,
+        weights: LossWeights,
+        *,
+        clips: int,
+        objects: int,
+        frames: int,
+        diverse_share: float = 0.5,
     ) -> None:
         self.network, self.weights = network, weights
         self.clips, self.objects, self.frames = clips, objects, frames
         self.rows = clips * objects
         self.device = network.image_mean.device
-        is_diverse = torch.arange(clips, device=self.device) % 2 == 1
+        # Spread evenly over the batch, so that every kind of prompt has some.
+        is_diverse = (torch.arange(1, clips + 1, device=self.device) * diverse_share).floor().diff(
+            prepend=torch.zeros(1, device=self.device)
+        ) > 0
         self._is_diverse = is_diverse.repeat_interleave(objects)
         self._reads = [self._choose_reads(t) for t in range(1, frames)]
         clicked = round(CLICKED_SHARE * clips)

@@ -107,6 +107,7 @@ class TrainConfig:
         stages: in order.
         mix: shares of the sources.
         weights: of the loss terms.
+        diverse_share: of the clips of a step are sampled as DiveMem (SAM2S), the others as SAM 2.
         seed: of weights, samples, prompts.
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
@@ -134,6 +135,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES
     mix: Mix = field(default_factory=Mix)
     weights: LossWeights = field(default_factory=LossWeights)
+    diverse_share: float = 0.5
     seed: int = 0
     save_every: int = 200
     device: str = "cpu"
@@ -147,6 +149,8 @@ class TrainConfig:
             raise TrocarError(
                 f"clips of {self.clip_frames} frames: a stage takes {longest}, render longer ones"
             )
+        if not 0 <= self.diverse_share <= 1:
+            raise TrocarError(f"{self.diverse_share} of the clips sampled as DiveMem: a share is 0 to 1")
         if self.first_clips < 1 or self.pool_clips < 1:
             raise TrocarError(
                 f"{self.first_clips} of {self.pool_clips} clips at the start: at least one is needed"
@@ -573,7 +577,12 @@ class _Run:
         if self._track_step is None or self._track_step[0] != shape:
             clips, objects, frames = shape[:3]
             episodes = Episodes(
-                self.network, self.config.weights, clips=clips, objects=objects, frames=frames
+                self.network,
+                self.config.weights,
+                clips=clips,
+                objects=objects,
+                frames=frames,
+                diverse_share=self.config.diverse_share,
             )
             self._track_step = shape, _TrackStep(episodes, self._learn)
         return self._track_step[1](batch)
