@@ -63,7 +63,7 @@ class IdentityConfig:
 
     Args:
         lost_after_s: an object absent for longer is LOST rather than OCCLUDED.
-        return_iou: a LOST object is taken back only with a mask of at least this predicted IoU.
+        return_iou: a LOST object is taken back only with a mask of at least this predicted IoU, 0 to 1.
         look_interval_s: an object that shows is looked at so often for kind and appearance, after the reply.
     """
 

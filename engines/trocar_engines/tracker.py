@@ -62,7 +62,7 @@ TAKEN_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig(IdentityConfig):
-    """How a tracker behaves.
+    """How a tracker behaves; what decides on identity is inherited.
 
     Args:
         rows: objects of all streams together.

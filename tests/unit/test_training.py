@@ -495,9 +495,11 @@ def test_only_divemem_sampling_reads_long_term_memories(
     assert run.network.maskmem_tpos_enc.grad.any()
 
 
-def test_a_share_beyond_one_is_refused(tiny_training: TrainConfig) -> None:
+def test_a_share_beyond_one_and_a_weight_below_zero_are_refused(tiny_training: TrainConfig) -> None:
     with pytest.raises(TrocarError, match="0 to 1"):
         dataclasses.replace(tiny_training, diverse_share=2.0)
+    with pytest.raises(TrocarError, match="at least 0"):
+        dataclasses.replace(tiny_training, weights=LossWeights(tsl=-1.0))
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(tiny_training: TrainConfig) -> None:

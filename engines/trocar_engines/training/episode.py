@@ -75,8 +75,8 @@ class Episodes:
         clips: of a batch.
         objects: of each clip.
         frames: of each clip.
-        diverse_share: of the clips read long-term memories too (DiveMem sampling); the others, and at 0 all,
-            read the most recent ones alone, as SAM 2 is trained.
+        diverse_share: 0 to 1, of the clips that read long-term memories too (DiveMem sampling, SAM2S); the
+            others read the most recent ones alone, as SAM 2 is trained.
     """
 
     def __init__(
@@ -87,17 +87,15 @@ class Episodes:
         clips: int,
         objects: int,
         frames: int,
-        diverse_share: float = 0.5,
+        diverse_share: float,
     ) -> None:
         self.network, self.weights = network, weights
         self.clips, self.objects, self.frames = clips, objects, frames
         self.rows = clips * objects
         self.device = network.image_mean.device
         # Spread evenly over the batch, so that every kind of prompt has some.
-        is_diverse = (torch.arange(1, clips + 1, device=self.device) * diverse_share).floor().diff(
-            prepend=torch.zeros(1, device=self.device)
-        ) > 0
-        self._is_diverse = is_diverse.repeat_interleave(objects)
+        is_diverse = [int((clip + 1) * diverse_share) > int(clip * diverse_share) for clip in range(clips)]
+        self._is_diverse = torch.tensor(is_diverse, device=self.device).repeat_interleave(objects)
         self._reads = [self._choose_reads(t) for t in range(1, frames)]
         clicked = round(CLICKED_SHARE * clips)
         self._clicked = clicked * objects

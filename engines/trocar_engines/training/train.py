@@ -107,7 +107,7 @@ class TrainConfig:
         stages: in order.
         mix: shares of the sources.
         weights: of the loss terms.
-        diverse_share: of the clips of a step are sampled as DiveMem (SAM2S), the others as SAM 2.
+        diverse_share: 0 to 1, of a step's clips that read long-term memories too, see `Episodes`.
         seed: of weights, samples, prompts.
         device: "cpu" or "cuda".
         save_every: steps between checkpoints.
@@ -151,6 +151,8 @@ class TrainConfig:
             )
         if not 0 <= self.diverse_share <= 1:
             raise TrocarError(f"{self.diverse_share} of the clips sampled as DiveMem: a share is 0 to 1")
+        if self.weights.tsl < 0:
+            raise TrocarError(f"a weight of {self.weights.tsl} for classes: at least 0 is needed")
         if self.first_clips < 1 or self.pool_clips < 1:
             raise TrocarError(
                 f"{self.first_clips} of {self.pool_clips} clips at the start: at least one is needed"
